@@ -1,0 +1,1 @@
+"""Fused Triton kernels for the hot path, each beside its plain PyTorch reference. See README.md."""

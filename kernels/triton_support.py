@@ -1,0 +1,104 @@
+"""What the three kernels share: the one guarded import of Triton, and when to use a kernel.
+
+Triton has no wheels for macOS and Windows. There, `triton` below is None, the kernels' bodies are
+never compiled, and every function of this folder takes its plain path.
+"""
+
+import functools
+import os
+import warnings
+from types import SimpleNamespace
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+    tl = SimpleNamespace(constexpr=lambda value: value)  # annotations, and the constants below
+
+# TRITON_INTERPRET=1, set before Triton is imported, runs kernels in NumPy on CPU tensors.
+INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRET = tl.constexpr(INTERPRETED)  # the same, readable inside a kernel
+
+# Compute capability -> the target whose launch table it uses; nothing else has been compiled for. 8.6
+# and 8.9, the consumer cards, have the registers and instructions of 8.0 and less shared memory.
+NVIDIA_TARGETS = {(8, 0): "sm_80", (8, 6): "sm_80", (8, 9): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100"}
+AMD_TARGETS = {"gfx942": "gfx942"}
+
+
+def jit(*unspecialised):
+    """@triton.jit, or nothing at all without Triton.
+
+    unspecialised: integer arguments, such as lengths, that must not each compile a kernel of their own.
+    """
+    if triton is None:
+        return lambda function: function
+    return triton.jit(do_not_specialize=list(unspecialised))
+
+
+@jit()
+def product(a, b, total):
+    """total + a @ b in fp32, without TF32. The interpreter would multiply bf16 as raw integers."""
+    if INTERPRET:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@jit()
+def cast(x, dtype: tl.constexpr):
+    """x.to(dtype), to nearest as the hardware does it. The interpreter would cut fp32 off to bf16."""
+    if INTERPRET:
+        if dtype == tl.bfloat16:
+            bits = x.to(tl.int32, bitcast=True)
+            x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@functools.lru_cache
+def find_target(device):
+    if device.type == "cpu":
+        return "sm_90" if INTERPRETED else None
+    if device.type != "cuda" or triton is None:
+        return None
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        return AMD_TARGETS.get(name)
+    return NVIDIA_TARGETS.get(torch.cuda.get_device_capability(device))
+
+
+@torch.compiler.assume_constant_result
+def target_of(device):
+    """The launch table's name for this device, or None where no kernel can run."""
+    return find_target(device)
+
+
+def device_limit(device):
+    """Why no kernel can run on this device, or None."""
+    if triton is None:
+        return "needs the package triton (Linux only)"
+    if target_of(device) is None:
+        known = ", ".join(dict.fromkeys([*NVIDIA_TARGETS.values(), *AMD_TARGETS.values()]))
+        return f"is built for {known}, not for {device}; TRITON_INTERPRET=1 runs it on a CPU"
+    return None
+
+
+@functools.lru_cache
+def warn_once(message):
+    warnings.warn(message, stacklevel=4)
+
+
+def use_kernel(name, backend, device, limit):
+    """Whether to launch the kernel. backend: None chooses, "triton" insists, "plain" declines.
+
+    limit: why the kernel cannot take these arguments, or None.
+    """
+    if backend not in (None, "triton", "plain"):
+        raise ValueError(f"backend {backend!r} is unknown; choose None, 'triton' or 'plain'")
+    if backend == "triton" and limit:
+        raise ValueError(f"{name}: the Triton kernel {limit}")
+    if backend is None and limit and device.type == "cuda" and not torch.compiler.is_compiling():
+        warn_once(f"{name}: using plain PyTorch, since the Triton kernel {limit}")
+    wanted = backend == "triton" or (backend is None and device.type == "cuda")
+    return wanted and limit is None

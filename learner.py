@@ -1,0 +1,431 @@
+"""The losses, the target network, and one update.
+
+    L^Q = (1 - alpha) KL(pi_imp || pi)  +  alpha KL(b || pi)  +  beta KL(Gamma || p)         (arXiv 2402.05546)
+
+    policy improvement   -(1 - alpha) sum_j w_j log pi(a'_j|s),  a'_j ~ pi_theta'(.|s),  w = softmax_j(Q_theta'(s, a'_j) / eta)
+    cloning              -alpha log pi(a|s)
+    critic               -beta sum_q Gamma(q) log p(q|s, a),     Gamma: the projected Bellman target, of pi_imp's value
+
+theta' is the target model, a lagged average of theta. Values are scaled task by task to [0, 1],
+so that one set of atoms serves returns of any size: q = (return - low) / (high - low).
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+
+from kernels.categorical_projection import bellman_cross_entropy, point_mass
+from model import Attention, Perceiver, count_parameters, log_prob, sample_actions
+
+GPUS = {"H100": (989e12, 80e9), "A100": (312e12, 80e9), "RTX 4090": (165e12, 24e9)}  # data sheets: bf16 FLOP/s, bytes
+SPEED = 0.3  # share of the peak that a dry run reckons with [ours]
+VALUE_MARGIN = 0.2  # atoms reach past the data's returns by this share of their range, on either side
+
+
+@dataclass
+class LossSettings:
+    """What an algorithm is. Every value is our choice; the paper's are not known."""
+    alpha: float = 0.8  # weight of cloning; 1 - alpha is policy improvement's
+    beta: float = 1.0  # weight of the critic; 0: there is none
+    critic: str = "q"  # "q": improve on the target policy (L^Q); "v": on the data's (L^V)
+    eta: float = 0.5  # divides Q, or the advantage, in units of its own spread; also where pi_imp acts
+    samples: int = 8  # N, actions drawn from the target policy at a state
+    n_step: int = 3  # rewards summed before the bootstrap
+    mc_share: float = 0.2  # share of the observed return in the critic's target, after the warm-up
+    warmup: float = 0.7  # share of the updates in which the policy clones and the critic learns observed returns
+    top: float = 1.0  # share of the episodes, the best, that are learnt from
+    target_rate: float = 0.01  # theta' moves by this share towards theta at each update
+    learning_rate: float = 3e-3
+    max_grad_norm: float = 1.0
+
+
+ALGORITHMS = {
+    "bc": dict(alpha=1.0, beta=0.0, n_step=1),
+    "fc": dict(alpha=1.0, beta=0.0, n_step=1, top=0.1),  # filtered BC
+    "bcq": dict(alpha=1.0, beta=1.0),
+    "pac": dict(),
+    "pacv": dict(critic="v", alpha=0.2, eta=1.0),
+}
+
+
+def settings_for(algo, **changes):
+    """The LossSettings of a named algorithm; ValueError with the list of names if there is no such one."""
+    if algo not in ALGORITHMS:
+        raise ValueError(f"unknown algorithm {algo!r}; there are: {', '.join(ALGORITHMS)}")
+    return LossSettings(**{**ALGORITHMS[algo], **changes})
+
+
+# ---------------------------------------------------------------- the loss terms
+
+def cloning_loss(policy, action, action_mask, weight=1.0):
+    """-E[w log pi(a|s)] of the data's actions (B, A); weight (B,) or 1."""
+    log_probs = log_prob(policy, action[:, None], action_mask)[:, 0]  # (B,)
+    return -(weight * log_probs).mean(), {"policy/clone_loss": -log_probs.mean()}
+
+
+def improvement_loss(policy, actions, w, action_mask, weight=1.0):
+    """KL(pi_imp || pi) up to a constant. actions (B, N, A) ~ pi_theta' and their weights in pi_imp w (B, N); weight (B,) or 1."""
+    cross_entropy = -(w * log_prob(policy, actions, action_mask)).sum(-1)  # (B,)
+    return (weight * cross_entropy).mean(), {"policy/improve_loss": cross_entropy.mean(), "policy/ess": (1 / w.square().sum(-1)).mean()}
+
+
+def improvement_weights(q, spread, eta):
+    """w_j ∝ exp(Q(s, a_j) / eta), a_j ~ pi~: self-normalised weights of pi_imp. (B, N) -> (B, N)
+
+    eta is relative to Q's spread over the actions, which is tiny beside the range of the values:
+    a fixed eta of 2% of that range left the weights uniform.
+    """
+    return torch.softmax(q / (eta * spread + 1e-8), dim=-1)
+
+
+def critic_loss(value_logits, next_probs, shift, scale, observed, mc_share):
+    """-E sum Gamma log p. value_logits, next_probs (B, M); shift, scale, observed (B,), scaled values."""
+    loss = bellman_cross_entropy(value_logits, next_probs, shift, scale, observed, mc_share).mean()
+    return loss, {"critic/loss": loss}
+
+
+def mean_per_task(x, task, num_tasks):
+    """x (B,) -> (B,), each the mean over the rows of its task, on all ranks; it carries no gradient"""
+    total = torch.zeros(num_tasks, device=x.device).index_add_(0, task, x)
+    count = torch.zeros(num_tasks, device=x.device).index_add_(0, task, torch.ones_like(x))
+    if dist.is_initialized():
+        dist.all_reduce(total), dist.all_reduce(count)
+    return (total / count.clamp(min=1))[task]
+
+
+def n_step_return(batch, discount):
+    """The first action's n-step return: reward (B,) and the discount (B,) of what follows next_obs[:, -1].
+
+    The bootstrap is cut by termination only; a window cut short by an episode's end has fewer steps.
+    """
+    powers = discount[:, None] ** torch.arange(batch.reward.shape[1], device=discount.device)  # (B, T)
+    reward = (powers * batch.reward).sum(1)  # rows past an end carry no reward
+    bootstrap = discount ** batch.valid.sum(1) * (~batch.terminated.any(1)).float()
+    return reward, bootstrap
+
+
+# ---------------------------------------------------------------- one update
+
+class NonFinite(FloatingPointError):
+    """The loss or its gradient is not finite; the weights are those of the last good update."""
+
+    def __init__(self, message, metrics):
+        super().__init__(message)
+        self.metrics = {name: value.item() for name, value in metrics.items()}
+
+
+class Learner:
+    """A model, its target, its optimiser, and `update`. `tasks` are the metas of the data's tasks, in order.
+
+    `accumulate`: a batch is worked off in so many parts, one after the other, for less memory.
+    """
+
+    def __init__(self, config, settings, tasks, total_updates, device="cpu", seed=0, accumulate=1):
+        self.settings, self.total_updates, self.device = settings, total_updates, torch.device(device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.model = Perceiver(config).to(self.device)
+        self.target_model = copy.deepcopy(self.model).requires_grad_(False)
+        self.forward = self.loss  # several ranks put DDP or FSDP around it
+        self.make_optimizer()
+        self.updates, self.accumulate = 0, accumulate
+        self.warmup_updates = round(settings.warmup * total_updates)
+        low, high = (torch.tensor([t["return_to_go"][i] for t in tasks], dtype=torch.float32) for i in (0, 1))
+        margin = VALUE_MARGIN * (high - low).clamp(min=1e-6)
+        self.low, self.range = (low - margin).to(self.device), (high - low + 2 * margin).to(self.device)
+        self.discount = torch.tensor([t["discount"] for t in tasks]).to(self.device)
+
+    def make_optimizer(self):
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.settings.learning_rate, weight_decay=1e-4,
+                                           fused=True)
+        for p in self.model.parameters():  # AdamW would make these at the first step; a checkpoint is read before it
+            self.optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                                       "exp_avg_sq": torch.zeros_like(p)}
+
+    def start_at(self, batch):
+        """Begin at the data: the scale of each task's observations, and the values' distribution.
+
+        The value heads' bias is set to the log histogram of the data's returns, and their weights small: from a uniform
+        start, thousands of updates pass before the values come down to the returns.
+        """
+        obs = batch.obs[:, 0].to(self.device)
+        for model in (self.model, self.target_model):
+            for task in batch.task.unique():
+                std, mean = torch.std_mean(obs[batch.task == task], dim=0)
+                model.obs_mean[task], model.obs_std[task] = mean, torch.where(std > 1e-6, std, 1)  # 1: a constant
+        observed = (batch.return_to_go[:, 0].to(self.device) - self.low[batch.task]) / self.range[batch.task]
+        histogram = point_mass(observed, self.model.config.atoms).mean(0)  # (M,)
+        bias = torch.log(0.99 * histogram + 0.01 / len(histogram))
+        with torch.no_grad():
+            for model in (self.model, self.target_model):
+                for head in (model.q_head[-1], model.v_head[-1]):
+                    head.bias.copy_(bias)
+                    head.weight.mul_(0.1)
+
+    def loss(self, batch, generator):
+        """The whole loss of a batch -> (loss, metrics)."""
+        s, model, target = self.settings, self.model, self.target_model
+        obs, action, task = batch.obs[:, 0], batch.action[:, 0], batch.task  # (B, O), (B, A), (B,)
+        action_mask = model.action_mask[task]  # (B, A)
+        warm = self.updates < self.warmup_updates
+        alpha = 1.0 if warm else s.alpha if batch.alpha is None else batch.alpha  # (B,) where the data's sources have their own
+        latents = model.encode(obs, task)
+        policy = model.policy(latents, task)
+        metrics = {"policy/entropy": mean_entropy(policy, action_mask)}
+        if s.beta == 0:
+            loss, m = cloning_loss(policy, action, action_mask)
+            return loss, {**metrics, **m, "loss": loss}
+
+        value_logits = model.v(latents) if s.critic == "v" else model.q(latents, action[:, None], task)[:, 0]  # (B, M)
+        low, span = self.low[task], self.range[task]
+        observed = (batch.return_to_go[:, 0] - low) / span
+        reward, bootstrap = n_step_return(batch, self.discount[task])
+        shift, scale = (reward - (1 - bootstrap) * low) / span, bootstrap  # scaled value = shift + scale * next's
+
+        if warm:  # the critic learns what the data's actions returned: no target model is needed
+            next_probs, mc_share, weight = torch.zeros_like(value_logits), 1.0, alpha
+        else:
+            with torch.no_grad():  # everything that the target model says
+                both = torch.cat([obs, batch.next_obs[:, -1]]), torch.cat([task, task])
+                target_latents = target.encode(*both)  # (2B, L, W): now, and n steps on
+                if s.critic == "v":
+                    now, after = target.v(target_latents).chunk(2)
+                    next_probs = torch.softmax(after, dim=-1)
+                    advantage = shift + scale * target.expectation(after) - target.expectation(now)
+                    weight, m = advantage_weights(advantage, task, len(self.low), s.eta)
+                    weight, metrics = alpha + (1 - alpha) * weight, {**metrics, **m}
+                else:
+                    actions = sample_actions(target.policy(target_latents, both[1]), s.samples, generator)  # (2B, N, A)
+                    value_probs = torch.softmax(target.q(target_latents, actions, both[1]), dim=-1)  # (2B, N, M)
+                    q, next_q = (value_probs @ target.value_atoms).chunk(2)  # (B, N)
+                    spread = mean_per_task(q.std(1), task, len(self.low))[:, None]
+                    w, next_w = (improvement_weights(x, spread, s.eta) for x in (q, next_q))  # (B, N)
+                    next_probs = (next_w[..., None] * value_probs[len(obs):]).sum(1)  # q' ~ p(q|s', a'), a' ~ pi_imp
+                    weight = alpha
+            mc_share = s.mc_share
+
+        loss, m = cloning_loss(policy, action, action_mask, weight)
+        metrics.update(m)
+        if s.critic == "q" and not warm and (s.alpha < 1 or batch.alpha is not None):
+            improvement, m = improvement_loss(policy, actions[:len(obs)], w, action_mask, 1 - alpha)
+            loss = loss + improvement
+            metrics.update(m, **{"policy/q_spread": spread.mean()})
+        value_loss, m = critic_loss(value_logits, next_probs, shift, scale, observed, mc_share)
+        metrics.update(m)
+        loss = loss + s.beta * value_loss
+        value = model.expectation(value_logits.detach())
+        metrics.update({"critic/value": value.mean(), "critic/observed": observed.mean(),
+                        "critic/error": (value - observed).abs().mean(), "loss": loss})
+        return loss, metrics
+
+    def update(self, batch, generator):
+        """One gradient step on a Batch -> metrics, 0-d tensors. Everything random is drawn from `generator`."""
+        batch = batch.to(self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = []
+        for part in batch.split(self.accumulate):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+                loss, metrics = self.forward(part, generator)
+            (loss / self.accumulate).backward()
+            parts.append({name: value.detach() for name, value in metrics.items()})
+        metrics = {name: torch.stack([part[name] for part in parts]).mean(0) for name in metrics}
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
+        metrics["grad_norm"] = norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of all shards
+        if not torch.isfinite(norm + metrics["loss"]):
+            raise NonFinite(f"update {self.updates}: the loss is {metrics['loss'].item()} and its gradient's norm "
+                            f"{norm.item()}; the weights were left as they were. {self.likely_cause(batch, metrics)}",
+                            metrics)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * schedule(self.updates, self.total_updates)
+        self.optimizer.step()
+        self.updates += 1
+        # A young average would remember the random start for long: its rate begins at 1 and falls to target_rate.
+        rate = max(self.settings.target_rate, 1 / self.updates)
+        with torch.no_grad():  # else theta' would carry the graph of all updates so far
+            torch._foreach_lerp_(list(self.target_model.parameters()), list(self.model.parameters()), rate)
+        return metrics
+
+    def likely_cause(self, batch, metrics):
+        """Why an update may have failed, and what to do."""
+        finite = lambda x: (x.to_local() if hasattr(x, "to_local") else x).isfinite().all()
+        fields = [name for name, value in vars(batch).items() if value is not None and not finite(value)]
+        if fields:
+            return f"The batch's {', '.join(fields)} has a number that is not finite: `python data.py verify` names it"
+        weights = [name for name, parameter in self.model.named_parameters() if not finite(parameter)]
+        if weights:
+            return f"{weights[0]} was not finite before: resume from an older checkpoint, with --at"
+        if metrics["loss"].isfinite():
+            return "Only the backward pass overflowed. Lower --learning-rate?"
+        return "Data and weights are finite, so the weights have grown too large. Lower --learning-rate, or raise --eta?"
+
+
+# ---------------------------------------------------------------- several ranks
+
+def join(learner, shard):
+    """Make `learner` one of several ranks, each with its part of every batch.
+
+    DDP: all have all the weights. FSDP2: each keeps a share, and gathers a block's when the block is computed.
+    """
+    both = Both(learner)
+    if shard:
+        mesh = init_device_mesh(learner.device.type, (dist.get_world_size(),))
+        for block in [module for module in both.modules() if isinstance(module, Attention)]:
+            fully_shard(block, mesh=mesh)
+        learner.forward = fully_shard(both, mesh=mesh)
+        learner.make_optimizer()  # the parameters are others now: the shards
+    else:
+        # An algorithm may leave a decoder unused: BC both critics, PAC that of V.
+        learner.forward = DistributedDataParallel(both, find_unused_parameters=True, broadcast_buffers=False,
+                                                  gradient_as_bucket_view=True)  # without, each gradient is there twice
+
+
+class Both(nn.Module):
+    """The model and its target as one module whose forward is the loss: what DDP and FSDP wrap."""
+
+    def __init__(self, learner):
+        super().__init__()
+        self.model, self.target_model, self.loss = learner.model, learner.target_model, learner.loss
+
+    def forward(self, batch, generator):
+        return self.loss(batch, generator)
+
+
+def whole(model):
+    """The model itself, or, of a sharded one, a copy with all the weights on rank 0; every rank has to take part."""
+    state = model.state_dict()
+    if not any(hasattr(value, "full_tensor") for value in state.values()):
+        return model
+    state = {name: value.full_tensor() for name, value in state.items()}
+    if dist.get_rank() == 0:
+        copy = Perceiver(model.config).to(next(iter(state.values())).device)
+        copy.load_state_dict(state)
+        return copy
+
+
+# ---------------------------------------------------------------- arithmetic
+
+def advantage_weights(advantage, task, num_tasks, eta):
+    """w ∝ exp(A / eta), mean 1 within each task. (B,) -> (B,)
+
+    A is measured in its task's mean absolute value and clipped: a few outliers (falls) would rule raw weights.
+    """
+    scaled = advantage / (mean_per_task(advantage.abs(), task, num_tasks) + 1e-8)
+    w = torch.exp((scaled / eta).clamp(-5, 3))
+    w = w / mean_per_task(w, task, num_tasks)
+    return w, {"policy/ess": w.sum().square() / w.square().sum() / len(w)}
+
+
+def mean_entropy(policy, action_mask):
+    """Entropy in nats of a dimension's bins (over all components), averaged over the dimensions there are. -> ()"""
+    components, bins = policy
+    probs = (components[:, :, None, None] + bins).detach().exp().sum(1)  # (B, A, K)
+    entropy = -torch.xlogy(probs, probs).sum(-1)  # (B, A)
+    return (entropy * action_mask).sum() / action_mask.sum()
+
+
+def schedule(update, total):
+    """The learning rate's factor: up over 200 updates, then down to 0.05 along a cosine."""
+    fraction = min(update / max(total, 1), 1)
+    return min(1, (update + 1) / 200) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * fraction)))
+
+
+def flops_per_update(config, settings, batch_size):
+    """Floating-point operations of one update after the warm-up: matrix products, counted on the meta device.
+
+    A backward pass is taken for twice its forward pass.
+    """
+    with torch.device("meta"):
+        model = Perceiver(config)
+        obs = torch.empty(batch_size, model.input_mask.shape[1] - model.words.shape[1])
+        task = torch.zeros(batch_size, dtype=torch.long)
+        latents = torch.empty(batch_size, config.latents, config.width)
+        actions = torch.empty(batch_size, settings.samples, model.action_mask.shape[1])
+
+    def forward(function, *args):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            function(*args)
+        return counter.get_total_flops()
+
+    encode, policy = forward(model.encode, obs, task), forward(model.policy, latents, task)
+    if settings.beta == 0:
+        return 3 * (encode + policy)
+    value = forward(model.v, latents) if settings.critic == "v" else forward(model.q, latents, actions[:, :1], task)
+    target = forward(model.v, latents) if settings.critic == "v" else policy + forward(model.q, latents, actions, task)
+    return 3 * (encode + policy + value) + 2 * (encode + target)
+
+
+def memory(config, settings, tasks, batch_size, recompute=False):
+    """-> number of parameters, and bytes of weights (model and target), gradients, optimiser and activations.
+
+    Found by running the loss on the meta device, where tensors have shapes but no memory. Activations are what
+    the backward pass is left; the peak is above it by what one operation needs.
+    """
+    with torch.device("meta"):
+        learner = Learner(config, settings, tasks, 0, "meta")
+        obs_dim, action_dim = (max(task[name] for task in tasks) for name in ("obs_dim", "action_dim"))
+        steps = (batch_size, settings.n_step)
+        batch = SimpleNamespace(
+            obs=torch.empty(*steps, obs_dim), next_obs=torch.empty(*steps, obs_dim), action=torch.empty(*steps, action_dim),
+            reward=torch.empty(steps), return_to_go=torch.empty(steps), valid=torch.empty(steps, dtype=torch.bool),
+            terminated=torch.empty(steps, dtype=torch.bool), task=torch.empty(batch_size, dtype=torch.long), alpha=None)
+
+    def saved(recompute):
+        """Bytes that the forward pass keeps, weights apart; leaves the gradients."""
+        known = {p.untyped_storage()._cdata for p in learner.model.parameters()}
+        kept = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in known:
+                kept[storage._cdata] = storage  # holding it, so that its address stays its own
+            return tensor
+
+        learner.model.recompute = recompute
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            learner.loss(batch, None)[0].backward()
+        return sum(storage.nbytes() for storage in kept.values())
+
+    size = lambda tensors: sum(tensor.nbytes for tensor in tensors)
+    activations = saved(False)
+    parameters = list(learner.model.parameters())
+    gradients = size(p.grad for p in parameters if p.grad is not None)
+    if recompute:  # the blocks' inputs, and one block at a time
+        outside = saved(True)
+        inputs = config.blocks * batch_size * config.latents * config.width * 4
+        activations = outside + inputs + (activations - outside) // max(1, config.blocks)
+    return count_parameters(learner.model), {
+        "weights": 2 * size(parameters), "gradients": gradients,
+        "optimiser": sum(size(state.values()) for state in learner.optimizer.state.values()), "activations": activations}
+
+
+def report(config, settings, tasks, batch_size, accumulate=1, recompute=False, shard=False):
+    """What a run would take on 1 to 256 GPUs, as text: train.py's --dry-run."""
+    flops = flops_per_update(config, settings, batch_size) * (4 / 3 if recompute else 1)
+    count, need = memory(config, settings, tasks, max(1, batch_size // accumulate), recompute)
+    with torch.device("meta"):
+        block = sum(parameter.nbytes for parameter in Attention(config.width, config.heads).parameters())
+    lines = [f"{count:,} parameters; {flops / 1e12:.3g} TFLOP an update of {batch_size} transitions"
+             + (", a quarter of it to recompute activations" if recompute else ""),
+             f"Sharded (FSDP): beside its share, a GPU gathers a block or two at a time, of {block / 1e9:.3f} GB."
+             if shard else "Whole on each GPU (DDP).",
+             f"GB of each GPU in float32, and seconds an update at {SPEED:.0%} of the peak in bf16,",
+             "with communication hidden behind it; -: it would not fit.",
+             f"{'GPUs':>4}{'batch':>6}" + "".join(f"{name:>12}" for name in (*need, "sum", *GPUS))]
+    for gpus in (2**k for k in range(9)):
+        if batch_size % (gpus * accumulate):
+            return "\n".join([*lines, f"{gpus:>4}  GPUs or more: a batch of {batch_size} has no equal parts for them; "
+                              "choose another --batch-size"])
+        share = [size / gpus if shard or name == "activations" else size for name, size in need.items()]
+        seconds = [f"{flops / (gpus * SPEED * peak):.4f}" if sum(share) < size else "-" for peak, size in GPUS.values()]
+        lines.append(f"{gpus:>4}{batch_size // gpus:>6}" + "".join(f"{x / 1e9:>12.3f}" for x in (*share, sum(share)))
+                     + "".join(f"{text:>12}" for text in seconds))
+    return "\n".join(lines)

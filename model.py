@@ -1,0 +1,299 @@
+"""The Perceiver: encoders, latents, and the policy, Q and V decoders.
+
+    observation scalars ─┐
+                         ├─ tokens ── cross-attention ──> latents ── M self-attention blocks ──> latents
+    instruction words ───┘                                                                         │
+             a learned query per action dimension, and one more ── policy decoder ── log pi(a|s) <─┤
+                        the encoded action is the query ───────── Q decoder ─────── p(q|s,a) <─────┤
+                        one learned query ─────────────────────── V decoder ─────── p(v|s) <───────┘
+
+After Perceiver-IO (Jaegle et al. 2022, arXiv 2107.14795) and the Perceiver Actor-Critic
+(Springenberg et al. 2024, arXiv 2402.05546). The latents are computed once per state; scoring N
+actions costs only the decoder. Values live on [0, 1]: the learner scales each task's returns.
+
+Shapes: B batch, I input tokens, O observation scalars, W width, L latents, N actions, A action
+dimensions, K action bins, M value atoms, H heads, D head width.
+"""
+
+import zlib
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from kernels.attention import attention
+
+# The last five are after the paper's sizes: 32M, 73M, 164M, 0.4B, 988M parameters.
+SIZES = {
+    "tiny": dict(width=32, latents=4, blocks=1, heads=2, widening=2),
+    "small": dict(width=64, latents=8, blocks=1, heads=4, widening=2),
+    "medium": dict(width=128, latents=16, blocks=4, heads=4, widening=2),
+    "large": dict(width=256, latents=32, blocks=6, heads=4, widening=4),
+    "xxs": dict(width=512, latents=64, blocks=6, heads=8, widening=4),
+    "xs": dict(width=768, latents=64, blocks=6, heads=12, widening=4),
+    "s": dict(width=1024, latents=128, blocks=9, heads=16, widening=4),
+    "m": dict(width=1536, latents=128, blocks=10, heads=24, widening=4),
+    "l": dict(width=2048, latents=256, blocks=15, heads=32, widening=4),
+}
+SCALES = tuple(4.0**k for k in range(-3, 4))  # of the multi-scale normaliser [ours]
+WORDS = 1024  # rows of the word table; words are hashed into it
+
+
+@dataclass
+class TaskSpec:
+    """What the model must know of a task."""
+    name: str
+    instruction: str
+    obs_dim: int
+    action_dim: int
+
+
+@dataclass
+class ModelConfig:
+    tasks: list  # of TaskSpec
+    width: int
+    latents: int
+    blocks: int
+    heads: int
+    widening: int  # of the MLPs' inner layer
+    components: int = 4  # C of the policy's mixture
+    bins: int = 51  # K, a dimension of the action; the paper likely has 101
+    atoms: int = 101  # M
+
+    def __post_init__(self):
+        self.tasks = [TaskSpec(**task) if isinstance(task, dict) else task for task in self.tasks]
+
+    to_dict = asdict
+
+
+def config_for(size, tasks, **changes):
+    """The ModelConfig of a named size; ValueError with the list of names if there is no such size."""
+    if size not in SIZES:
+        raise ValueError(f"unknown size {size!r}; there are: {', '.join(SIZES)}")
+    return ModelConfig(tasks=tasks, **{**SIZES[size], **changes})
+
+
+class Scalars(nn.Module):
+    """Scalars -> one token each. Scalar i of a task is known by its own gain and bias.
+
+    The multi-scale normaliser: x itself and tanh(c x) for geometric c, so that it is resolved at some scale [formula
+    ours]. It resolves what lies near 0, so observations are standardised first, against the paper's claim that no
+    statistics are needed: Hopper's height, 1.25 ± 0.14, is nearly one number to all of tanh(c x), and a clone
+    of the expert scored 0.36 with the raw scalars, 0.97 with standardised ones (README.md).
+    """
+
+    def __init__(self, num_tasks, dims, width):
+        super().__init__()
+        self.register_buffer("scales", torch.tensor(SCALES), persistent=False)
+        self.project = nn.Linear(1 + len(SCALES), width)
+        # Different gains keep scalars apart even where attention averages over them.
+        self.gain = nn.Parameter(torch.randn(num_tasks, dims, width))
+        self.bias = nn.Parameter(torch.randn(num_tasks, dims, width))
+
+    def forward(self, x, task):
+        """x: (B, dims), task: (B,) -> (B, dims, W)"""
+        return self.project(self.squash(x)) * look_up(self.gain, task) + look_up(self.bias, task)
+
+    def squash(self, x):
+        x = x[..., None]
+        return torch.cat([x.clamp(-10, 10), torch.tanh(x * self.scales)], dim=-1)  # (..., dims, 1 + scales)
+
+    def sum(self, x, task, mask):
+        """The sum of the tokens that mask (tasks, dims) admits, over the root of their number; no token is made.
+
+        x: (B, N, dims), task: (B,) -> (B, N, W)
+        """
+        share = (mask / mask.sum(1, keepdim=True).sqrt())[..., None]  # (tasks, dims, 1)
+        gain, bias = self.gain * share, self.bias * share
+        weight = gain[:, :, None] * self.project.weight.T  # (tasks, dims, scales, W)
+        bias = (bias + gain * self.project.bias).sum(1)  # (tasks, W)
+        return torch.baddbmm(look_up(bias, task)[:, None], self.squash(x).flatten(2), look_up(weight.flatten(1, 2), task))
+
+
+def look_up(table, task):
+    """table[task], of which an embedding's backward pass is the faster one. (tasks, ...), (B,) -> (B, ...)"""
+    return F.embedding(task, table.flatten(1)).view(len(task), *table.shape[1:])
+
+
+class Attention(nn.Module):
+    """Multi-head attention from x to context (x itself if there is none), and an MLP; both pre-norm and residual."""
+
+    def __init__(self, width, heads, widening, cross=False):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.context_norm = nn.LayerNorm(width) if cross else None
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_kv = nn.Linear(width, 2 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, widening * width), nn.ReLU(),
+                                 nn.Linear(widening * width, width))
+
+    def split(self, x):
+        B, L, W = x.shape
+        return x.view(B, L, self.heads, W // self.heads).transpose(1, 2)  # (B, H, L, D)
+
+    def qkv(self, x, context=None):
+        normed = self.norm(x)
+        k, v = self.to_kv(normed if context is None else self.context_norm(context)).chunk(2, dim=-1)
+        q, k, v = self.split(self.to_q(normed)), self.split(k), self.split(v)
+        return q.expand(len(k), -1, -1, -1), k, v  # learned queries are projected once, not once a sample
+
+    def forward(self, x, context=None, mask=None):
+        """x: (B or 1, L, W); context: (B, I, W); mask: (B, I) bool, True = attend -> (B, L, W)"""
+        q, k, v = self.qkv(x, context)
+        attended = attention(q, k, v, mask).transpose(1, 2).reshape(len(k), x.shape[1], -1)  # (B, L, W)
+        x = x + self.out(attended)
+        return x + self.mlp(x)
+
+
+class Perceiver(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.recompute = False  # keep a block's input alone, and compute the rest again in the backward pass
+        tasks, W = config.tasks, config.width
+        obs_dim, action_dim = max(t.obs_dim for t in tasks), max(t.action_dim for t in tasks)
+        words = [tokenize(t.instruction) for t in tasks]
+        longest = max(len(ids) for ids in words)
+
+        def table(rows, fill):
+            return torch.tensor([[*row, *[fill] * (width - len(row))] for row, width in rows])
+
+        # What is padding, for each task; rows are looked up by a batch's `task`.
+        obs_mask = table([([True] * t.obs_dim, obs_dim) for t in tasks], False)
+        word_mask = table([([True] * len(ids), longest) for ids in words], False)
+        self.register_buffer("input_mask", torch.cat([obs_mask, word_mask], 1), persistent=False)  # (tasks, I)
+        self.register_buffer("action_mask", table([([True] * t.action_dim, action_dim) for t in tasks], False),
+                             persistent=False)  # (tasks, A)
+        self.register_buffer("words", table([(ids, longest) for ids in words], 0), persistent=False)
+
+        self.register_buffer("obs_mean", torch.zeros(len(tasks), obs_dim))
+        self.register_buffer("obs_std", torch.ones(len(tasks), obs_dim))
+        self.obs_encoder = Scalars(len(tasks), obs_dim, W)
+        self.word_embedding = nn.Embedding(WORDS, W)
+        self.word_position = nn.Parameter(torch.randn(longest, W))
+        self.latents = nn.Parameter(torch.randn(1, config.latents, W))
+        self.encoder = Attention(W, config.heads, config.widening, cross=True)
+        self.blocks = nn.ModuleList(Attention(W, config.heads, config.widening) for _ in range(config.blocks))
+
+        self.policy_query = nn.Parameter(torch.randn(len(tasks), action_dim + 1, W))
+        self.policy_decoder = Attention(W, config.heads, config.widening, cross=True)
+        self.component_head = nn.Sequential(nn.LayerNorm(W), nn.Linear(W, config.components))
+        self.policy_head = nn.Sequential(nn.LayerNorm(W), nn.Linear(W, config.components * config.bins))
+        self.action_encoder = Scalars(len(tasks), action_dim, W)
+        self.q_decoder = Attention(W, config.heads, config.widening, cross=True)
+        self.q_head = nn.Sequential(nn.LayerNorm(W), nn.Linear(W, config.atoms))
+        self.v_query = nn.Parameter(torch.randn(1, 1, W))
+        self.v_decoder = Attention(W, config.heads, config.widening, cross=True)
+        self.v_head = nn.Sequential(nn.LayerNorm(W), nn.Linear(W, config.atoms))
+
+        self.register_buffer("value_atoms", torch.linspace(0, 1, config.atoms), persistent=False)
+        self.apply(self._init)
+        for attention_block in (m for m in self.modules() if isinstance(m, Attention)):
+            nn.init.zeros_(attention_block.mlp[-1].weight)
+
+    @staticmethod
+    def _init(module):
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def inputs(self, obs, task):
+        """obs: (B, O), task: (B,) -> tokens (B, I, W), mask (B, I)"""
+        words = look_up(self.word_embedding(self.words) + self.word_position, task)  # (B, words, W)
+        obs = self.obs_encoder((obs - self.obs_mean[task]) / self.obs_std[task], task)  # (B, O, W)
+        return torch.cat([obs, words], dim=1), self.input_mask[task]
+
+    def encode(self, obs, task):
+        """obs: (B, O), task: (B,) int64 -> latents (B, L, W). Scalars past a task's own are ignored."""
+        tokens, mask = self.inputs(obs, task)
+        latents = self.encoder(self.latents, tokens, mask)
+        for block in self.blocks:
+            if self.recompute and torch.is_grad_enabled():
+                latents = checkpoint(block, latents, use_reentrant=False, preserve_rng_state=False)
+            else:
+                latents = block(latents)
+        return latents
+
+    def policy(self, latents, task):
+        """latents: (B, L, W), task: (B,) -> log-probabilities of the components (B, C), and of their bins (B, C, A, K)"""
+        read = self.policy_decoder(look_up(self.policy_query, task), latents)  # (B, A + 1, W)
+        bins = self.policy_head(read[:, 1:]).unflatten(2, (self.config.components, -1)).transpose(1, 2)
+        return torch.log_softmax(self.component_head(read[:, 0]), dim=-1), torch.log_softmax(bins, dim=-1)
+
+    def q(self, latents, action, task):
+        """latents: (B, L, W), action: (B, N, A) in [-1, 1], task: (B,) -> logits (B, N, M) of the value atoms"""
+        query = self.action_encoder.sum(action, task, self.action_mask)  # (B, N, W)
+        return self.q_head(self.q_decoder(query, latents))
+
+    def v(self, latents):
+        """latents: (B, L, W) -> logits (B, M) of the value atoms"""
+        return self.v_head(self.v_decoder(self.v_query, latents)).squeeze(1)
+
+    def expectation(self, logits):
+        """logits (..., M) of the value atoms -> their mean (...)"""
+        return torch.softmax(logits, dim=-1) @ self.value_atoms
+
+    def attention_entropy(self, obs, task):
+        """Mean entropy in nats of the latents' attention over the inputs; it falls when attention collapses."""
+        tokens, mask = self.inputs(obs, task)
+        q, k, _ = self.encoder.qkv(self.latents, tokens)
+        scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5  # (B, H, L, I)
+        return torch.distributions.Categorical(logits=scores.masked_fill(~mask[:, None, None], -1e9)).entropy().mean()
+
+
+def tokenize(instruction):
+    """Words -> ids below WORDS, by a hash: no vocabulary to keep, any text is accepted."""
+    return [zlib.crc32(word.encode()) % WORDS for word in instruction.lower().split()]
+
+
+# ---------------------------------------------------------------- the policy's distribution
+
+def to_bins(action, bins):
+    """action (...) in [-1, 1] -> the index (...) of its bin among `bins` equal ones"""
+    return ((action + 1) / 2 * bins).long().clamp(0, bins - 1)
+
+
+def mean_action(policy):
+    """The policy's mean (B, A)."""
+    components, bins = policy
+    K = bins.shape[-1]
+    centres = (2 * torch.arange(K, device=bins.device) + 1) / K - 1  # (K,)
+    return (components.exp()[:, :, None] * (bins.exp() @ centres)).sum(1)
+
+
+def log_prob(policy, action, action_mask):
+    """log pi(a|s). action (B, N, A), action_mask (B, A) -> (B, N)"""
+    components, bins = policy
+    index = to_bins(action, bins.shape[-1]).transpose(1, 2)  # (B, A, N)
+    of_dims = bins.gather(3, index[:, None].expand(-1, bins.shape[1], -1, -1))  # (B, C, A, N)
+    of_actions = (of_dims * action_mask[:, None, :, None]).sum(2)  # (B, C, N)
+    return torch.logsumexp(components[..., None] + of_actions, dim=1)
+
+
+def sample_actions(policy, count, generator=None):
+    """Actions (B, count, A) drawn from the policy: a component, then each dimension's bin; bins' centres are returned."""
+    components, bins = policy
+    B, C, A, K = bins.shape
+    component = draw(components, count, generator)  # (B, count)
+    index = draw(bins, count, generator)  # (B, C, A, count), of which one component's is taken
+    index = index.gather(1, component[:, None, None].expand(-1, 1, A, -1)).squeeze(1)  # (B, A, count)
+    return ((2 * index + 1).to(bins.dtype) / K - 1).transpose(1, 2)
+
+
+def draw(log_probs, count, generator):
+    """`count` indices (..., count) drawn by log_probs (..., K)."""
+    # Inverse CDF: several times faster than torch.multinomial.
+    cdf = log_probs.exp().cumsum(-1)
+    uniform = torch.rand(*cdf.shape[:-1], count, generator=generator, device=cdf.device, dtype=cdf.dtype) * cdf[..., -1:]
+    return torch.searchsorted(cdf, uniform, right=True).clamp(max=cdf.shape[-1] - 1)
+
+
+# ---------------------------------------------------------------- arithmetic
+
+def count_parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
