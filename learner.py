@@ -412,7 +412,7 @@ def report(config, settings, tasks, batch_size, accumulate=1, recompute=False, s
     flops = flops_per_update(config, settings, batch_size) * (4 / 3 if recompute else 1)
     count, need = memory(config, settings, tasks, max(1, batch_size // accumulate), recompute)
     with torch.device("meta"):
-        block = sum(parameter.nbytes for parameter in Attention(config.width, config.heads).parameters())
+        block = sum(parameter.nbytes for parameter in Attention(config.width, config.heads, config.widening).parameters())
     lines = [f"{count:,} parameters; {flops / 1e12:.3g} TFLOP an update of {batch_size} transitions"
              + (", a quarter of it to recompute activations" if recompute else ""),
              f"Sharded (FSDP): beside its share, a GPU gathers a block or two at a time, of {block / 1e9:.3f} GB."

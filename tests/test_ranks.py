@@ -53,9 +53,10 @@ def assert_same_log(one, other):
         assert a == pytest.approx(b, rel=2e-3, abs=1e-4)
 
 
-def same_draws(policy_logits, count, generator):
+def same_draws(policy, count, generator):
     """sample_actions, by the same random numbers at every state, so that it does not matter which rank has the state."""
-    return torch.cat([sample_actions(row[None], count, torch.Generator().manual_seed(0)) for row in policy_logits])
+    return torch.cat([sample_actions((components[None], bins[None]), count, torch.Generator().manual_seed(0))
+                      for components, bins in zip(*policy)])
 
 
 # With the warm-up shorter, half of the updates are PAC's own: improvement, and a bootstrapped critic.
