@@ -69,7 +69,7 @@ def act(model, obs, task, how, eta=0.5, generator=None):
     q = model.expectation(model.q(latents, actions, task))  # (B, N)
     if how == "best":
         return actions[torch.arange(len(q)), q.argmax(1)]
-    return (improvement_weights(q, q.std(1, keepdim=True), eta)[..., None] * actions).sum(1)
+    return (improvement_weights(q, model.q_spread[task], eta)[..., None] * actions).sum(1)
 
 
 def has_q(settings):

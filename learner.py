@@ -79,12 +79,13 @@ def improvement_loss(policy, actions, w, action_mask, weight=1.0):
 
 
 def improvement_weights(q, spread, eta):
-    """w_j ∝ exp(Q(s, a_j) / eta), a_j ~ pi~: self-normalised weights of pi_imp. (B, N) -> (B, N)
+    """w_j ∝ exp(Q(s, a_j) / eta), a_j ~ pi~: self-normalised weights of pi_imp. q (B, N), spread (B,) -> (B, N)
 
-    eta is relative to Q's spread over the actions, which is tiny beside the range of the values:
-    a fixed eta of 2% of that range left the weights uniform.
+    eta is relative to Q's spread over a state's actions, which is tiny beside the range of the values: a fixed eta of
+    2% of that range left the weights uniform. The spread is the task's average: where Q hardly depends on
+    the action, as in most states of a pendulum that stands, its noise must not choose it.
     """
-    return torch.softmax(q / (eta * spread + 1e-8), dim=-1)
+    return torch.softmax(q / (eta * spread[:, None] + 1e-8), dim=-1)
 
 
 def critic_loss(value_logits, next_probs, shift, scale, observed, mc_share):
@@ -207,8 +208,8 @@ class Learner:
                     actions = sample_actions(target.policy(target_latents, both[1]), s.samples, generator)  # (2B, N, A)
                     value_probs = torch.softmax(target.q(target_latents, actions, both[1]), dim=-1)  # (2B, N, M)
                     q, next_q = (value_probs @ target.value_atoms).chunk(2)  # (B, N)
-                    spread = mean_per_task(q.std(1), task, len(self.low))[:, None]
-                    w, next_w = (improvement_weights(x, spread, s.eta) for x in (q, next_q))  # (B, N)
+                    self.follow_spread(q, task)
+                    w, next_w = (improvement_weights(x, target.q_spread[task], s.eta) for x in (q, next_q))  # (B, N)
                     next_probs = (next_w[..., None] * value_probs[len(obs):]).sum(1)  # q' ~ p(q|s', a'), a' ~ pi_imp
                     weight = alpha
             mc_share = s.mc_share
@@ -218,7 +219,7 @@ class Learner:
         if s.critic == "q" and not warm and (s.alpha < 1 or batch.alpha is not None):
             improvement, m = improvement_loss(policy, actions[:len(obs)], w, action_mask, 1 - alpha)
             loss = loss + improvement
-            metrics.update(m, **{"policy/q_spread": spread.mean()})
+            metrics.update(m, **{"policy/q_spread": target.q_spread[task].mean()})
         value_loss, m = critic_loss(value_logits, next_probs, shift, scale, observed, mc_share)
         metrics.update(m)
         loss = loss + s.beta * value_loss
@@ -226,6 +227,11 @@ class Learner:
         metrics.update({"critic/value": value.mean(), "critic/observed": observed.mean(),
                         "critic/error": (value - observed).abs().mean(), "loss": loss})
         return loss, metrics
+
+    def follow_spread(self, q, task):
+        """Keep the target's running average, by task, of Q's spread over a state's actions; q (B, N), task (B,)."""
+        spread, old = mean_per_task(q.std(1), task, len(self.low)), self.target_model.q_spread[task]
+        self.target_model.q_spread[task] = torch.where(old == 1, spread, torch.lerp(old, spread, 0.01))  # 1: not met before
 
     def update(self, batch, generator):
         """One gradient step on a Batch -> metrics, 0-d tensors. Everything random is drawn from `generator`."""

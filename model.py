@@ -172,6 +172,7 @@ class Perceiver(nn.Module):
 
         self.register_buffer("obs_mean", torch.zeros(len(tasks), obs_dim))
         self.register_buffer("obs_std", torch.ones(len(tasks), obs_dim))
+        self.register_buffer("q_spread", torch.ones(len(tasks)))  # Q's standard deviation over a state's actions, by task
         self.obs_encoder = Scalars(len(tasks), obs_dim, W)
         self.word_embedding = nn.Embedding(WORDS, W)
         self.word_position = nn.Parameter(torch.randn(longest, W))

@@ -273,6 +273,9 @@ def main():
     commands = parser.add_subparsers(required=True)
     kernels = commands.add_parser("kernels", help="the fused kernels against SDPA, FlexAttention and torch.compile")
     kernels.set_defaults(run=bench_kernels)
+    from tests import bench_data, bench_step
+    bench_step.add_arguments(commands.add_parser("step", help="an update, beside plainer ways to write it and other trunks"))
+    bench_data.add_arguments(commands.add_parser("data", help="the sampler, beside raw memory and other projects' loaders"))
     args = parser.parse_args()
     args.run(args)
 

@@ -37,6 +37,7 @@ def test_actions_stay_in_the_box(model, how):
 
 def test_improved_and_best_follow_q(model):
     """With Q replaced by the first action dimension, better actions are larger ones."""
+    model.q_spread.fill_(0.3)
     model.q = lambda latents, action, task: 20 * action[..., :1] * torch.linspace(-1, 1, model.config.atoms)
     obs, task = torch.randn(64, 5), torch.zeros(64, dtype=torch.long)
     mean, improved, sharp, best = (act(model, obs, task, how, eta)[:, 0].mean().item() for how, eta in

@@ -54,15 +54,26 @@ def test_cloning_loss_by_hand():
 
 
 def test_improvement_weights_by_hand():
-    w = improvement_weights(torch.tensor([[0.0, math.log(3) * 0.02]]), torch.tensor([[0.1]]), eta=0.2)
+    w = improvement_weights(torch.tensor([[0.0, math.log(3) * 0.02]]), torch.tensor([0.1]), eta=0.2)
     assert w[0].tolist() == pytest.approx([0.25, 0.75], abs=1e-4)
+
+
+def test_the_spread_of_q_is_each_tasks_running_average():
+    learner = make([meta("a"), meta("b"), meta("c")])
+    task = torch.tensor([0, 0, 1])
+    q = torch.tensor([[0.0, 0.2], [0.0, 0.4], [0.5, 0.5]])  # standard deviations: 0.2 and 0.4 over the root of 2; 0
+    learner.follow_spread(q, task)
+    first = 0.3 / 2**0.5
+    assert learner.target_model.q_spread.tolist() == pytest.approx([first, 0.0, 1.0])  # 1: not met yet, uniform weights
+    learner.follow_spread(2 * q, task)
+    assert learner.target_model.q_spread.tolist() == pytest.approx([1.01 * first, 0.0, 1.0])
 
 
 def test_improvement_moves_the_policy_towards_the_better_action():
     logits = torch.zeros(1, 1, 2, requires_grad=True)
     actions = torch.tensor([[[-0.5], [0.5]]])  # one in each bin
     policy = torch.zeros(1, 1), torch.log_softmax(logits, -1)[None]
-    loss, metrics = improvement_loss(policy, actions, improvement_weights(torch.tensor([[0.0, 1.0]]), 1.0, 0.5),
+    loss, metrics = improvement_loss(policy, actions, improvement_weights(torch.tensor([[0.0, 1.0]]), torch.ones(1), 0.5),
                                      torch.tensor([[True]]))
     loss.backward()
     w = 1 / (1 + math.exp(-2))
