@@ -1,7 +1,8 @@
 """Benchmarks.
 
     python -m tests.bench kernels    the fused kernels: measured on a GPU, by arithmetic without one
-    python -m tests.bench_data       the sampler, beside raw memory and other projects' loaders
+    python -m tests.bench step       an update, beside plainer ways to write it and other projects' trunks
+    python -m tests.bench data       the sampler, beside raw memory and other projects' loaders
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """How fast batches of windows are drawn: ours beside raw memory and the loaders of other projects.
 
-    python -m tests.bench_data                     sets of 0.2M and 5M transitions; results/bench_data.json
-    python -m tests.bench_data --large             ... and 50M (5.2 GB of disk)
+    python -m tests.bench data                     sets of 0.2M and 5M transitions; results/bench_data.json
+    python -m tests.bench data --large             ... and 50M (5.2 GB of disk)
 
 A row is `rate`, transitions a CPU-second of one thread (so that other processes on the machine matter
 less), `ratio` to one np.take of the same bytes from memory, and `cold`, transitions a second of wall
@@ -9,7 +9,6 @@ time with nothing in the page cache. Other projects' loaders need `pip install t
 in an environment of their own; those that are missing are named.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -220,24 +219,22 @@ def measure(folder, sizes, seconds, names):
     return {"rows": rows, "missing": missing, "opening_cpu_seconds": opening}
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--large", action="store_true", help="also a set of 50M transitions")
+def add_arguments(parser):
+    parser.add_argument("--large", action="store_true", help="also a set of 50M transitions (5.2 GB of disk)")
     parser.add_argument("--seconds", type=float, default=1.0, help="of CPU time a measurement (default: %(default)s)")
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES), metavar="SOURCE")
     parser.add_argument("--folder", help="where to keep the generated sets (default: a temporary folder)")
     parser.add_argument("--out", type=Path, default=Path("results/bench_data.json"))
-    args = parser.parse_args(argv)
+    parser.set_defaults(run=bench_data)
+
+
+def bench_data(args):
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         result = measure(args.folder or temporary, SIZES + (50_000_000,) * args.large, args.seconds, args.sources)
-    result = {"command": "python -m tests.bench_data", "date": str(date.today()), "machine": f"{platform.processor() or platform.machine()}, "
+    result = {"command": "python -m tests.bench data", "date": str(date.today()), "machine": f"{platform.processor() or platform.machine()}, "
               f"{os.cpu_count()} cores, one thread", "unit": "rate: transitions a CPU-second; cold: a second of wall time", **result}
     args.out.parent.mkdir(exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     for name, error in result["missing"].items():
         print(f"not measured: {name} ({error})")
-
-
-if __name__ == "__main__":
-    main()

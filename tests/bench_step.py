@@ -1,0 +1,359 @@
+"""How fast an update is: ours, the same mathematics written plainly, and with other projects' modules in it.
+
+    python -m tests.bench step                            a table, and results/bench_step.json
+    python -m tests.bench step --size medium --algos pac  another size
+
+All of them start from the same weights, and those of the same mathematics must give the same loss. They take turns,
+a few updates each, so that what else the machine does falls on all alike; the ratio is to ours, of the medians.
+The trunks need `pip install transformers perceiver-pytorch`, in an environment of their own; what is missing is named.
+"""
+
+import copy
+import json
+import platform
+import statistics
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from types import MethodType
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import data
+import learner as ours
+import model as parts
+from kernels.categorical_projection import bellman_target
+from learner import ALGORITHMS, Learner, advantage_weights, flops_per_update, mean_per_task, n_step_return, settings_for
+from model import SIZES, Perceiver, TaskSpec, config_for, count_parameters, log_prob
+from tests.bench import RESULTS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# ---------------------------------------------------------------- the same mathematics, written plainly
+
+class PlainAttention(parts.Attention):
+    """Every sample has its own copy of the queries, and the scores are written out."""
+
+    def forward(self, x, context=None, mask=None):
+        normed = self.norm(x.expand(len(x if context is None else context), -1, -1))
+        k, v = self.to_kv(normed if context is None else self.context_norm(context)).chunk(2, dim=-1)
+        q, k, v = self.split(self.to_q(normed)), self.split(k), self.split(v)
+        scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
+        attended = (torch.softmax(scores, dim=-1) @ v).transpose(1, 2).flatten(2)
+        x = x + self.out(attended)
+        return x + self.mlp(x)
+
+
+class ModuleAttention(parts.Attention):
+    """torch.nn.MultiheadAttention between the norms."""
+
+    @classmethod
+    def of(cls, block):
+        block.__class__ = cls
+        width = block.out.in_features
+        block.attention = nn.MultiheadAttention(width, block.heads, bias=False, batch_first=True)
+        with torch.no_grad():
+            block.attention.in_proj_weight.copy_(torch.cat([block.to_q.weight, block.to_kv.weight]))
+            block.attention.out_proj.weight.copy_(block.out.weight)
+        del block.to_q, block.to_kv, block.out
+
+    def forward(self, x, context=None, mask=None):
+        normed = self.norm(x.expand(len(x if context is None else context), -1, -1))
+        context = normed if context is None else self.context_norm(context)
+        x = x + self.attention(normed, context, context, None if mask is None else ~mask, need_weights=False)[0]
+        return x + self.mlp(x)
+
+
+class PlainPerceiver(Perceiver):
+    """Tables are indexed, an action's scalars are tokens that are summed, and each action has its own copy of the latents."""
+
+    def inputs(self, obs, task):
+        words = self.word_embedding(self.words[task]) + self.word_position
+        encoder = self.obs_encoder
+        features = encoder.squash((obs - self.obs_mean[task]) / self.obs_std[task])
+        tokens = encoder.project(features) * encoder.gain[task] + encoder.bias[task]
+        return torch.cat([tokens, words], dim=1), self.input_mask[task]
+
+    def policy(self, latents, task):
+        read = self.policy_decoder(self.policy_query[task], latents)
+        bins = self.policy_head(read[:, 1:]).unflatten(2, (self.config.components, -1)).transpose(1, 2)
+        return torch.log_softmax(self.component_head(read[:, 0]), dim=-1), torch.log_softmax(bins, dim=-1)
+
+    def q(self, latents, action, task):
+        B, N, A = action.shape
+        rows = task.repeat_interleave(N)
+        encoder, mask = self.action_encoder, self.action_mask[rows][..., None]
+        tokens = encoder.project(encoder.squash(action.reshape(B * N, A))) * encoder.gain[rows] + encoder.bias[rows]
+        query = (tokens * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).sqrt()
+        return self.q_head(self.q_decoder(query, latents.repeat_interleave(N, 0))).view(B, N, -1)
+
+
+def categorical(policy, count, generator):
+    """Draws by torch.multinomial, which torch.distributions.Categorical uses."""
+    components, bins = policy
+    B, C, A, K = bins.shape
+    component = torch.multinomial(components.exp(), count, replacement=True, generator=generator)  # (B, N)
+    index = torch.multinomial(bins.exp().reshape(-1, K), count, replacement=True, generator=generator).view(B, C, A, count)
+    index = index.gather(1, component[:, None, None].expand(-1, 1, A, -1)).squeeze(1)
+    return ((2 * index + 1) / K - 1).transpose(1, 2)
+
+
+def plain_loss(self, batch, generator):
+    """The equation of learner.py term by term, each with its own passes."""
+    s, model, target, task = self.settings, self.model, self.target_model, batch.task
+    obs, action, next_obs = batch.obs[:, 0], batch.action[:, 0], batch.next_obs[:, -1]
+    mask = model.action_mask[task]
+    policy = model.policy(model.encode(obs, task), task)
+    clone = -log_prob(policy, action[:, None], mask)[:, 0]
+    if s.beta == 0:
+        return clone.mean(), {"loss": clone.mean()}
+    low, span = self.low[task], self.range[task]
+    observed = (batch.return_to_go[:, 0] - low) / span
+    reward, bootstrap = n_step_return(batch, self.discount[task])
+    shift = (reward - (1 - bootstrap) * low) / span
+    with torch.no_grad():
+        if s.critic == "v":
+            now, after = (target.v(target.encode(x, task)) for x in (obs, next_obs))
+            advantage = shift + bootstrap * target.expectation(after) - target.expectation(now)
+            weight, _ = advantage_weights(advantage, task, len(self.low), s.eta)
+            next_probs = torch.softmax(after, dim=-1)
+        else:
+            drawn, q, probs = [], [], []
+            for x in (obs, next_obs):
+                latents = target.encode(x, task)
+                drawn.append(self.draw(target.policy(latents, task), s.samples, generator))
+                probs.append(torch.softmax(target.q(latents, drawn[-1], task), dim=-1))
+                q.append(probs[-1] @ target.value_atoms)
+            spread = mean_per_task(q[0].std(1), task, len(self.low))[:, None]
+            w, next_w = (torch.softmax(x / (s.eta * spread + 1e-8), dim=-1) for x in q)
+            next_probs = (next_w[..., None] * probs[1]).sum(1)
+        gamma = bellman_target(next_probs, shift, bootstrap, observed, s.mc_share)
+    latents = model.encode(obs, task)
+    logits = model.v(latents) if s.critic == "v" else model.q(latents, action[:, None], task)[:, 0]
+    loss = (s.alpha + (1 - s.alpha) * weight if s.critic == "v" else s.alpha) * clone
+    loss = loss - s.beta * (gamma * torch.log_softmax(logits, dim=-1)).sum(1)
+    if s.critic == "q" and s.alpha < 1:
+        loss = loss - (1 - s.alpha) * (w * log_prob(policy, drawn[0], mask)).sum(1)
+    return loss.mean(), {"loss": loss.mean()}
+
+
+def plain_update(self, batch, generator):
+    self.optimizer.zero_grad()
+    loss, metrics = self.loss(batch, generator)
+    loss.backward()
+    nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
+    self.optimizer.step()
+    with torch.no_grad():
+        for slow, fast in zip(self.target_model.parameters(), self.model.parameters()):
+            slow.mul_(1 - self.settings.target_rate).add_(self.settings.target_rate * fast)
+    return metrics
+
+
+def plainly(learner):
+    """Turn a Learner into the plain one: its loss, its update, and draws by torch.multinomial."""
+    for model in (learner.model, learner.target_model):
+        model.__class__ = PlainPerceiver
+        for block in [m for m in model.modules() if isinstance(m, parts.Attention)]:
+            block.__class__ = PlainAttention
+    learner.draw = categorical
+    learner.loss, learner.update = MethodType(plain_loss, learner), MethodType(plain_update, learner)
+    learner.optimizer = torch.optim.AdamW(learner.model.parameters(), lr=1e-4, weight_decay=1e-4)
+    return learner
+
+
+def with_modules(learner):
+    """Put torch.nn.MultiheadAttention into both of a Learner's models."""
+    for model in (learner.model, learner.target_model):
+        for block in [m for m in model.modules() if isinstance(m, parts.Attention)]:
+            ModuleAttention.of(block)
+        model.requires_grad_(model is learner.model)
+    learner.make_optimizer() if learner.update.__func__ is Learner.update else \
+        setattr(learner, "optimizer", torch.optim.AdamW(learner.model.parameters(), lr=1e-4, weight_decay=1e-4))
+    return learner
+
+
+# ---------------------------------------------------------------- other projects' trunks
+
+def hugging_face(config):
+    from transformers import PerceiverConfig, PerceiverModel
+    trunk = PerceiverModel(PerceiverConfig(
+        num_latents=config.latents, d_latents=config.width, d_model=config.width, num_blocks=1,
+        num_self_attends_per_block=config.blocks, num_self_attention_heads=config.heads, num_cross_attention_heads=config.heads,
+        self_attention_widening_factor=config.widening, cross_attention_widening_factor=config.widening,
+        attention_probs_dropout_prob=0.0))
+    return trunk, lambda tokens, mask: trunk(inputs=tokens, attention_mask=mask.float()).last_hidden_state
+
+
+def perceiver_pytorch(config):
+    from perceiver_pytorch import Perceiver as Trunk
+    trunk = Trunk(num_freq_bands=1, max_freq=1.0, depth=1, input_channels=config.width, input_axis=1, num_latents=config.latents,
+                  latent_dim=config.width, cross_heads=config.heads, latent_heads=config.heads,
+                  cross_dim_head=config.width // config.heads, latent_dim_head=config.width // config.heads,
+                  self_per_cross_attn=config.blocks, fourier_encode_data=False, final_classifier_head=False)
+    return trunk, lambda tokens, mask: trunk(tokens, mask=mask, return_embeddings=True)
+
+
+def with_trunk(learner, make):
+    """Encode by another project's Perceiver; the tokens, the decoders and the loss stay as they are."""
+    for model in (learner.model, learner.target_model):
+        model.trunk, run = make(model.config)
+        model.latents, model.encoder, model.blocks = None, None, None
+        model.encode = lambda obs, task, model=model, run=run: run(*model.inputs(obs, task))
+        model.requires_grad_(model is learner.model)
+    if learner.update.__func__ is Learner.update:
+        learner.make_optimizer()
+    else:
+        learner.optimizer = torch.optim.AdamW(learner.model.parameters(), lr=1e-4, weight_decay=1e-4)
+    return learner
+
+
+def import_apart(name):
+    """Import a package that must not see this folder: transformers would take `kernels/` for the package of that name."""
+    path, hidden = list(sys.path), {key: sys.modules.pop(key) for key in list(sys.modules) if key.split(".")[0] == "kernels"}
+    sys.path[:] = [entry for entry in path if Path(entry or ".").resolve() != ROOT]
+    try:
+        return getattr(__import__(name), "__version__", "installed")
+    except ImportError:
+        return None
+    finally:
+        sys.path[:] = path
+        sys.modules.update(hidden)
+
+
+# ---------------------------------------------------------------- the measurement
+
+def autocast(learner):
+    """bf16 products, fp32 weights."""
+    loss = learner.forward
+
+    def forward(batch, generator):
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss(batch, generator)
+
+    learner.forward = forward
+    return learner
+
+
+def compiled(learner):
+    learner.forward = torch.compile(learner.forward)
+    return learner
+
+
+def contenders(config):
+    """name -> what it makes of a Learner, and whether its mathematics is ours."""
+    found = {"ours": (lambda x: x, True), "ours, bf16": (autocast, False), "ours, compiled": (compiled, True),
+             "plain": (plainly, True), "our loss, nn.MultiheadAttention": (with_modules, True),
+             "plain loss, nn.MultiheadAttention": (lambda x: with_modules(plainly(x)), True)}
+    for name, package, make in (("transformers", "transformers", hugging_face),
+                                ("perceiver-pytorch", "perceiver_pytorch", perceiver_pytorch)):
+        if import_apart(package):
+            make(config)
+            found[f"our loss, trunk of {name}"] = (lambda x, make=make: with_trunk(x, make), False)
+            found[f"plain loss, trunk of {name}"] = (lambda x, make=make: with_trunk(plainly(x), make), False)
+        else:
+            print(f"{name} is not installed: left out")
+    return found
+
+
+def same_draws(policy, count, _):
+    """Draws by the same random numbers at every state, whatever the order of the calls."""
+    rows = [parts_sample((policy[0][i:i + 1], policy[1][i:i + 1]), count, torch.Generator().manual_seed(0)) for i in range(len(policy[0]))]
+    return torch.cat(rows)
+
+
+parts_sample = parts.sample_actions
+
+
+def check(learner, expected, batch):
+    """The loss of an untouched copy, with the draws fixed, is `expected`, unless that is None. -> the loss"""
+    learner, before = copy.deepcopy(learner), ours.sample_actions
+    ours.sample_actions = learner.draw = same_draws
+    try:
+        got = learner.loss(batch, None)[0].item()
+    finally:
+        ours.sample_actions = before
+    if expected is not None and abs(got - expected) > 1e-4 * abs(expected):
+        raise SystemExit(f"another loss: {got}, expected {expected}")
+    return got
+
+
+def matrix_rate(size=1024):
+    """FLOP/s of a large fp32 product."""
+    a = torch.randn(size, size)
+    a @ a
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < 1:
+        a @ a
+        count += 1
+    return 2 * size**3 * count / (time.perf_counter() - began)
+
+
+def measure(size, algo, batch_size, rounds, tasks, sampler, steps=4):
+    """Seconds an update of each contender, in turns; a list of rows."""
+    import numpy as np
+    metas = data.merged_metas(tasks)
+    config = config_for(size, [TaskSpec(m["name"], m["instruction"], m["obs_dim"], m["action_dim"]) for m in metas])
+    settings = settings_for(algo, warmup=0.0)
+    batches = [sampler.sample(np.random.default_rng(seed)) for seed in range(8)]
+    made, expected = {}, None
+    for name, (change, same) in contenders(config).items():
+        base = Learner(config, settings, metas, 10_000)
+        base.start_at(batches[0])
+        with torch.no_grad():  # the untrained policy head is too even to tell mistakes
+            base.target_model.policy_head[-1].weight.mul_(3)
+        made[name] = change(base)
+        if same and name != "ours, compiled":
+            expected = check(made[name], expected, batches[0])
+    times, generator, turn = {name: [] for name in made}, torch.Generator().manual_seed(0), 0
+    for number in tqdm(range(rounds + 1), desc=f"{size} {algo}", leave=False):
+        for name, one in list(made.items()):
+            began = time.perf_counter()
+            try:
+                for batch in batches[:steps]:
+                    one.update(batch, generator)
+            except Exception as error:
+                print(f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:150]}")
+                del made[name], times[name]
+                continue
+            if number:  # the first round warms up
+                times[name].append((time.perf_counter() - began) / steps)
+    rate, flops = matrix_rate(), flops_per_update(config, settings, batch_size)
+    base = statistics.median(times["ours"])
+    return [{"name": name, "size": size, "algo": algo, "parameters": count_parameters(made[name].model),
+             "updates_per_second": round(1 / statistics.median(seconds), 2),
+             "ratio": round(statistics.median(s / o for s, o in zip(seconds, times["ours"])), 2),
+             "of_matrix_rate": round(flops / base / rate, 3) if name == "ours" else None}
+            for name, seconds in times.items()]
+
+
+def bench_step(args):
+    torch.set_num_threads(args.threads)
+    tasks = data.open_tasks(args.data)
+    rows = []
+    for size in args.sizes:
+        for algo in args.algos:
+            sampler = data.Sampler(tasks, args.batch_size, settings_for(algo).n_step)
+            rows += measure(size, algo, args.batch_size, args.rounds, tasks, sampler)
+    print("| size | algorithm | | updates/s | time, ours = 1 | of the matrix rate |\n|---|---|---|---|---|---|")
+    for row in rows:
+        share = "" if row["of_matrix_rate"] is None else f"{row['of_matrix_rate']:.0%}"
+        print(f"| {row['size']} | {row['algo']} | {row['name']} | {row['updates_per_second']:.1f} | {row['ratio']:.2f} | {share} |")
+    RESULTS.mkdir(exist_ok=True)
+    result = {"date": str(date.today()), "machine": platform.processor() or platform.machine(), "torch": torch.__version__,
+              "threads": args.threads, "batch_size": args.batch_size, "rows": rows}
+    (RESULTS / "bench_step.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def add_arguments(parser):
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["small"])
+    parser.add_argument("--algos", nargs="+", choices=ALGORITHMS, default=["bc", "pac"])
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--data", default="datasets/switching")
+    parser.set_defaults(run=bench_step)
