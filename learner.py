@@ -3,8 +3,8 @@
     L^Q = (1 - alpha) KL(pi_imp || pi)  +  alpha KL(b || pi)  +  beta KL(Gamma || p)         (arXiv 2402.05546)
 
     policy improvement   -(1 - alpha) sum_j w_j log pi(a'_j|s),  a'_j ~ pi_theta'(.|s),  w = softmax_j(Q_theta'(s, a'_j) / eta)
-    cloning              -alpha log pi(a|s)
-    critic               -beta sum_q Gamma(q) log p(q|s, a),     Gamma: the projected Bellman target, of pi_imp's value
+    cloning              -alpha log pi(a|s),                     weighted by exp(focus * return) [ours]
+    critic               -beta sum_q Gamma(q) log p(q|s, a),     Gamma: the projected Bellman target
 
 theta' is the target model, a lagged average of theta. Values are scaled task by task to [0, 1],
 so that one set of atoms serves returns of any size: q = (return - low) / (high - low).
@@ -37,11 +37,12 @@ class LossSettings:
     alpha: float = 0.8  # weight of cloning; 1 - alpha is policy improvement's
     beta: float = 1.0  # weight of the critic; 0: there is none
     critic: str = "q"  # "q": improve on the target policy (L^Q); "v": on the data's (L^V)
-    eta: float = 0.5  # divides Q, or the advantage, in units of its own spread; also where pi_imp acts
+    eta: float = 1.0  # divides Q, or the advantage, in units of its own spread; also where pi_imp acts
+    focus: float = 2.0  # cloning weighs a transition by exp(focus * return), in units of its task's spread; 0: all alike
     samples: int = 8  # N, actions drawn from the target policy at a state
     n_step: int = 3  # rewards summed before the bootstrap
-    mc_share: float = 0.2  # share of the observed return in the critic's target, after the warm-up
-    warmup: float = 0.7  # share of the updates in which the policy clones and the critic learns observed returns
+    mc_share: float = 0.5  # share of the observed return in the critic's target, after the warm-up
+    warmup: float = 0.5  # share of the updates in which the policy clones and the critic learns observed returns
     top: float = 1.0  # share of the episodes, the best, that are learnt from
     target_rate: float = 0.01  # theta' moves by this share towards theta at each update
     learning_rate: float = 3e-3
@@ -49,11 +50,11 @@ class LossSettings:
 
 
 ALGORITHMS = {
-    "bc": dict(alpha=1.0, beta=0.0, n_step=1),
-    "fc": dict(alpha=1.0, beta=0.0, n_step=1, top=0.1),  # filtered BC
-    "bcq": dict(alpha=1.0, beta=1.0),
+    "bc": dict(alpha=1.0, beta=0.0, n_step=1, focus=0.0),
+    "fc": dict(alpha=1.0, beta=0.0, n_step=1, focus=0.0, top=0.1),  # filtered BC
+    "bcq": dict(alpha=1.0, beta=1.0, focus=0.0),
     "pac": dict(),
-    "pacv": dict(critic="v", alpha=0.2, eta=1.0),
+    "pacv": dict(critic="v", alpha=0.2),
 }
 
 
@@ -182,18 +183,19 @@ class Learner:
         latents = model.encode(obs, task)
         policy = model.policy(latents, task)
         metrics = {"policy/entropy": mean_entropy(policy, action_mask)}
+        low, span = self.low[task], self.range[task]
+        observed = (batch.return_to_go[:, 0] - low) / span
+        weight = alpha * data_weights(observed, task, len(self.low), s.focus)  # (B,)
         if s.beta == 0:
-            loss, m = cloning_loss(policy, action, action_mask)
+            loss, m = cloning_loss(policy, action, action_mask, weight)
             return loss, {**metrics, **m, "loss": loss}
 
         value_logits = model.v(latents) if s.critic == "v" else model.q(latents, action[:, None], task)[:, 0]  # (B, M)
-        low, span = self.low[task], self.range[task]
-        observed = (batch.return_to_go[:, 0] - low) / span
         reward, bootstrap = n_step_return(batch, self.discount[task])
         shift, scale = (reward - (1 - bootstrap) * low) / span, bootstrap  # scaled value = shift + scale * next's
 
         if warm:  # the critic learns what the data's actions returned: no target model is needed
-            next_probs, mc_share, weight = torch.zeros_like(value_logits), 1.0, alpha
+            next_probs, mc_share = torch.zeros_like(value_logits), 1.0
         else:
             with torch.no_grad():  # everything that the target model says
                 both = torch.cat([obs, batch.next_obs[:, -1]]), torch.cat([task, task])
@@ -202,16 +204,16 @@ class Learner:
                     now, after = target.v(target_latents).chunk(2)
                     next_probs = torch.softmax(after, dim=-1)
                     advantage = shift + scale * target.expectation(after) - target.expectation(now)
-                    weight, m = advantage_weights(advantage, task, len(self.low), s.eta)
-                    weight, metrics = alpha + (1 - alpha) * weight, {**metrics, **m}
+                    w = data_weights(advantage, task, len(self.low), 1 / s.eta)
+                    weight = weight + (1 - alpha) * w
+                    metrics["policy/ess"] = w.sum().square() / w.square().sum() / len(w)
                 else:
                     actions = sample_actions(target.policy(target_latents, both[1]), s.samples, generator)  # (2B, N, A)
                     value_probs = torch.softmax(target.q(target_latents, actions, both[1]), dim=-1)  # (2B, N, M)
-                    q, next_q = (value_probs @ target.value_atoms).chunk(2)  # (B, N)
+                    q = value_probs[:len(obs)] @ target.value_atoms  # (B, N)
                     self.follow_spread(q, task)
-                    w, next_w = (improvement_weights(x, target.q_spread[task], s.eta) for x in (q, next_q))  # (B, N)
-                    next_probs = (next_w[..., None] * value_probs[len(obs):]).sum(1)  # q' ~ p(q|s', a'), a' ~ pi_imp
-                    weight = alpha
+                    w = improvement_weights(q, target.q_spread[task], s.eta)  # (B, N)
+                    next_probs = value_probs[len(obs):].mean(1)  # q' ~ p(q|s', a'), a' ~ pi_theta'
             mc_share = s.mc_share
 
         loss, m = cloning_loss(policy, action, action_mask, weight)
@@ -319,15 +321,17 @@ def whole(model):
 
 # ---------------------------------------------------------------- arithmetic
 
-def advantage_weights(advantage, task, num_tasks, eta):
-    """w ∝ exp(A / eta), mean 1 within each task. (B,) -> (B,)
+def data_weights(merit, task, num_tasks, focus):
+    """w ∝ exp(focus * merit), mean 1 within each task: the data's actions as those of a better policy. merit (B,) -> (B,)
 
-    A is measured in its task's mean absolute value and clipped: a few outliers (falls) would rule raw weights.
+    merit is measured from its task's mean, in its mean absolute deviation, and clipped: a few outliers (falls) would
+    rule raw weights. With the return for merit it is reward-weighted regression (Peters and Schaal 2007), which Hong et
+    al. 2023 (arXiv 2306.13085) advise for mixed data of which the good part is small; with the advantage it is L^V.
     """
-    scaled = advantage / (mean_per_task(advantage.abs(), task, num_tasks) + 1e-8)
-    w = torch.exp((scaled / eta).clamp(-5, 3))
-    w = w / mean_per_task(w, task, num_tasks)
-    return w, {"policy/ess": w.sum().square() / w.square().sum() / len(w)}
+    deviation = merit - mean_per_task(merit, task, num_tasks)
+    scaled = deviation / (mean_per_task(deviation.abs(), task, num_tasks) + 1e-8)
+    w = torch.exp((focus * scaled).clamp(-5, 3))
+    return w / mean_per_task(w, task, num_tasks)
 
 
 def mean_entropy(policy, action_mask):
@@ -351,7 +355,7 @@ def flops_per_update(config, settings, batch_size):
     """
     with torch.device("meta"):
         model = Perceiver(config)
-        obs = torch.empty(batch_size, model.input_mask.shape[1] - model.words.shape[1])
+        obs = torch.empty(batch_size, model.obs_mean.shape[1])
         task = torch.zeros(batch_size, dtype=torch.long)
         latents = torch.empty(batch_size, config.latents, config.width)
         actions = torch.empty(batch_size, settings.samples, model.action_mask.shape[1])

@@ -45,7 +45,7 @@ from learner import ALGORITHMS, Learner, LossSettings, NonFinite, flops_per_upda
 from model import SIZES, TaskSpec, config_for, count_parameters
 
 DEFAULT_SETS = {data.DEFAULT_DATA: collect.TRANSITIONS, data.DEFAULT_DATA / "tiny": 20_000}  # transitions a task and part
-STEPS = {"tiny": 600, "small": 16_000}  # updates by default; other sizes: 100,000
+STEPS = {"tiny": 600, "small": 10_000}  # updates by default; other sizes: 100,000
 LARGE = ("s", "m", "l")  # these are sharded over the ranks and recompute activations, unless a flag says otherwise
 RANK, RANKS, LOCAL_RANK = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")) \
     if dist.is_torchelastic_launched() else (0, 1, 0)
@@ -359,7 +359,7 @@ def train(config, settings, sources, run, resume=None, at=None):
     began = time.time() - keep_lines(run / "metrics.jsonl", learner.updates)
     log = open(run / "metrics.jsonl" if RANK == 0 else os.devnull, "a")
     with log, tqdm(total=config.steps, initial=learner.updates, desc="train", unit="update", dynamic_ncols=True,
-                   disable=RANK > 0) as bar:
+                   mininterval=0.1 if sys.stderr.isatty() else 30, disable=RANK > 0) as bar:
         while learner.updates < config.steps and not stopped:
             batch, rng, generator = next(batches)
             try:
@@ -376,7 +376,7 @@ def train(config, settings, sources, run, resume=None, at=None):
                 totals = over_ranks([value.item() for value in metrics.values()], learner.device)
                 line = {name: total / RANKS for name, total in zip(metrics, totals)}
                 bar.set_postfix({k.split("/")[-1]: f"{line[k]:.3g}" for k in
-                                 ("loss", "critic/value", "critic/observed", "policy/entropy", "policy/ess") if k in line})
+                                 ("loss", "critic/value", "critic/observed", "policy/entropy", "policy/ess") if k in line}, refresh=False)
                 for text in [text for text, unsound in warnings.items() if unsound(line)]:
                     bar.write(f"update {step}: warning: {text}")
                     del warnings[text]

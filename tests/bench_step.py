@@ -26,7 +26,7 @@ import data
 import learner as ours
 import model as parts
 from kernels.categorical_projection import bellman_target
-from learner import ALGORITHMS, Learner, advantage_weights, flops_per_update, mean_per_task, n_step_return, settings_for
+from learner import ALGORITHMS, Learner, data_weights, flops_per_update, mean_per_task, n_step_return, settings_for
 from model import SIZES, Perceiver, TaskSpec, config_for, count_parameters, log_prob
 from tests.bench import RESULTS
 
@@ -69,14 +69,19 @@ class ModuleAttention(parts.Attention):
         return x + self.mlp(x)
 
 
+def plain_tokens(encoder, x, task):
+    """Each sample has its own copy of its task's matrix. x (B, dims), task (B,) -> (B, tokens, W)"""
+    x = (x * encoder.mask[task])[..., None]
+    x = torch.cat([x.clamp(-10, 10), torch.tanh(x * encoder.scales)], dim=-1).flatten(1)
+    return (x[:, None] @ encoder.weight[task] + encoder.bias[task][:, None]).view(len(x), encoder.tokens, -1)
+
+
 class PlainPerceiver(Perceiver):
-    """Tables are indexed, an action's scalars are tokens that are summed, and each action has its own copy of the latents."""
+    """Tables are indexed, every sample has its task's matrices, and each action has its own copy of the latents."""
 
     def inputs(self, obs, task):
         words = self.word_embedding(self.words[task]) + self.word_position
-        encoder = self.obs_encoder
-        features = encoder.squash((obs - self.obs_mean[task]) / self.obs_std[task])
-        tokens = encoder.project(features) * encoder.gain[task] + encoder.bias[task]
+        tokens = plain_tokens(self.obs_encoder, (obs - self.obs_mean[task]) / self.obs_std[task], task)
         return torch.cat([tokens, words], dim=1), self.input_mask[task]
 
     def policy(self, latents, task):
@@ -87,9 +92,7 @@ class PlainPerceiver(Perceiver):
     def q(self, latents, action, task):
         B, N, A = action.shape
         rows = task.repeat_interleave(N)
-        encoder, mask = self.action_encoder, self.action_mask[rows][..., None]
-        tokens = encoder.project(encoder.squash(action.reshape(B * N, A))) * encoder.gain[rows] + encoder.bias[rows]
-        query = (tokens * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).sqrt()
+        query = plain_tokens(self.action_encoder, action.reshape(B * N, A), rows)  # (B N, 1, W)
         return self.q_head(self.q_decoder(query, latents.repeat_interleave(N, 0))).view(B, N, -1)
 
 
@@ -109,18 +112,19 @@ def plain_loss(self, batch, generator):
     obs, action, next_obs = batch.obs[:, 0], batch.action[:, 0], batch.next_obs[:, -1]
     mask = model.action_mask[task]
     policy = model.policy(model.encode(obs, task), task)
-    clone = -log_prob(policy, action[:, None], mask)[:, 0]
-    if s.beta == 0:
-        return clone.mean(), {"loss": clone.mean()}
     low, span = self.low[task], self.range[task]
     observed = (batch.return_to_go[:, 0] - low) / span
+    clone = -log_prob(policy, action[:, None], mask)[:, 0]
+    worth = data_weights(observed, task, len(self.low), s.focus)
+    if s.beta == 0:
+        return (worth * clone).mean(), {"loss": (worth * clone).mean()}
     reward, bootstrap = n_step_return(batch, self.discount[task])
     shift = (reward - (1 - bootstrap) * low) / span
     with torch.no_grad():
         if s.critic == "v":
             now, after = (target.v(target.encode(x, task)) for x in (obs, next_obs))
             advantage = shift + bootstrap * target.expectation(after) - target.expectation(now)
-            weight, _ = advantage_weights(advantage, task, len(self.low), s.eta)
+            weight = data_weights(advantage, task, len(self.low), 1 / s.eta)
             next_probs = torch.softmax(after, dim=-1)
         else:
             drawn, q, probs = [], [], []
@@ -130,12 +134,12 @@ def plain_loss(self, batch, generator):
                 probs.append(torch.softmax(target.q(latents, drawn[-1], task), dim=-1))
                 q.append(probs[-1] @ target.value_atoms)
             spread = mean_per_task(q[0].std(1), task, len(self.low))[:, None]
-            w, next_w = (torch.softmax(x / (s.eta * spread + 1e-8), dim=-1) for x in q)
-            next_probs = (next_w[..., None] * probs[1]).sum(1)
+            w = torch.softmax(q[0] / (s.eta * spread + 1e-8), dim=-1)
+            next_probs = probs[1].mean(1)
         gamma = bellman_target(next_probs, shift, bootstrap, observed, s.mc_share)
     latents = model.encode(obs, task)
     logits = model.v(latents) if s.critic == "v" else model.q(latents, action[:, None], task)[:, 0]
-    loss = (s.alpha + (1 - s.alpha) * weight if s.critic == "v" else s.alpha) * clone
+    loss = (s.alpha * worth + (1 - s.alpha) * weight if s.critic == "v" else s.alpha * worth) * clone
     loss = loss - s.beta * (gamma * torch.log_softmax(logits, dim=-1)).sum(1)
     if s.critic == "q" and s.alpha < 1:
         loss = loss - (1 - s.alpha) * (w * log_prob(policy, drawn[0], mask)).sum(1)

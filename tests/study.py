@@ -30,7 +30,7 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 SEEDS = (0, 1, 2)
 EPISODES = 20
 OTHER_ACT = {"bcq": "improved", "pac": "mean"}  # what study 1 plays besides: is it the critic or the policy?
-MINUTES = 9  # a run of `small` on one thread; two cores of an Intel Xeon (Sapphire Rapids) virtual machine, 2026-11-24
+MINUTES = 7  # a run of `small` on one thread; two cores of an AMD EPYC (Zen 4) virtual machine, 2026-11-25
 
 
 @dataclass

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from model import (SIZES, Perceiver, TaskSpec, config_for, count_parameters, log_prob, mean_action, sample_actions,
-                   to_bins)
+from model import (SIZES, Perceiver, TaskSpec, config_for, count_parameters, linear_of_task, log_prob, mean_action,
+                   sample_actions, to_bins)
 from tests.conftest import meta, tiny
 
 
@@ -20,6 +20,12 @@ def test_padding_changes_nothing(model):
     junk_action[2:, :, 1:] = 1e3
     for one, two in zip(outputs(model, obs, action, task), outputs(model, junk_obs, junk_action, task)):
         torch.testing.assert_close(one, two)
+
+
+def test_each_sample_goes_through_its_own_tasks_matrix():
+    x, weight, bias, task = torch.randn(5, 3, 4), torch.randn(3, 4, 2), torch.randn(3, 2), torch.tensor([2, 0, 2, 0, 0])
+    by_hand = torch.stack([x[i] @ weight[t] + bias[t] for i, t in enumerate(task)])
+    torch.testing.assert_close(linear_of_task(x, weight, bias, task), by_hand)
 
 
 def test_the_input_and_the_task_do_matter(model):
@@ -109,4 +115,4 @@ def test_attention_entropy_is_that_of_uniform_attention_at_first():
     with torch.no_grad():
         model.encoder.to_q.weight.zero_()
     entropy = model.attention_entropy(torch.randn(3, 4), torch.zeros(3, dtype=torch.long))
-    torch.testing.assert_close(entropy, torch.log(torch.tensor(7.0)))  # 4 scalars and 3 words
+    torch.testing.assert_close(entropy, torch.log(torch.tensor(11.0)))  # 8 tokens of scalars and 3 words
