@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 
 import data
 from learner import improvement_weights
-from model import ModelConfig, Perceiver, mean_action, sample_actions
+from model import ModelConfig, Perceiver, mean_action, sample_actions, sharpen
 
 ACTS = ("improved", "mean", "mode", "sample", "best")
 SAMPLES, BEST_OF = 64, 16  # actions drawn at a state, for `improved` and for `best`
@@ -48,12 +48,12 @@ class RunError(Exception):
 # ---------------------------------------------------------------- acting
 
 @torch.no_grad()
-def act(model, obs, task, how, eta=0.5, generator=None):
+def act(model, obs, task, how, eta=2.0, generator=None):
     """obs (B, O), task (B,) -> actions (B, A) in [-1, 1]
 
-    improved   the mean of pi_imp: the mean of 64 draws from the policy, weighted by exp(Q / eta),
+    improved   the mean of pi_imp: the mean of 64 draws from the sharpened policy, weighted by exp(Q / eta),
                eta in units of Q's spread over the draws [ours]
-    mean, mode of each dimension's bins; sample: a draw; best: of 16 draws, the one with the highest Q
+    mean, mode of each dimension's bins; sample: a draw; best: of 16 draws from the sharpened policy, that of the highest Q
     """
     latents = model.encode(obs, task)
     policy = model.policy(latents, task)
@@ -65,7 +65,7 @@ def act(model, obs, task, how, eta=0.5, generator=None):
         return (2 * likeliest.argmax(-1) + 1) / likeliest.shape[-1] - 1
     if how == "sample":
         return sample_actions(policy, 1, generator)[:, 0]
-    actions = sample_actions(policy, BEST_OF if how == "best" else SAMPLES, generator)  # (B, N, A)
+    actions = sample_actions(sharpen(policy), BEST_OF if how == "best" else SAMPLES, generator)  # (B, N, A)
     q = model.expectation(model.q(latents, actions, task))  # (B, N)
     if how == "best":
         return actions[torch.arange(len(q)), q.argmax(1)]
@@ -109,7 +109,7 @@ def time_limit(seconds):
         signal.signal(signal.SIGALRM, before)
 
 
-def rollout(model, tasks, episodes, seed=0, how="improved", eta=0.5, keep=False, render=False):
+def rollout(model, tasks, episodes, seed=0, how="improved", eta=2.0, keep=False, render=False):
     """Play `episodes` of each task, all in lock-step: one forward pass a step serves every environment.
 
     tasks: metas, in the model's order; None leaves one out. Returns, for each task, a list of
@@ -227,7 +227,7 @@ def table(summary):
     return "\n".join(lines)
 
 
-def evaluate(model, tasks, episodes, seed=0, how="improved", eta=0.5):
+def evaluate(model, tasks, episodes, seed=0, how="improved", eta=2.0):
     """Roll out and summarise; `tasks` as for `rollout`."""
     results, _, failed = rollout(model, tasks, episodes, seed, how, eta)
     return summarise(results, tasks, failed)

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.categorical_projection import bellman_cross_entropy, point_mass
-from model import Attention, Perceiver, count_parameters, log_prob, sample_actions
+from model import Attention, Perceiver, count_parameters, log_prob, sample_actions, sharpen
 
 GPUS = {"H100": (989e12, 80e9), "A100": (312e12, 80e9), "RTX 4090": (165e12, 24e9)}  # data sheets: bf16 FLOP/s, bytes
 SPEED = 0.3  # share of the peak that a dry run reckons with [ours]
@@ -34,11 +34,11 @@ VALUE_MARGIN = 0.2  # atoms reach past the data's returns by this share of their
 @dataclass
 class LossSettings:
     """What an algorithm is. Every value is our choice; the paper's are not known."""
-    alpha: float = 0.8  # weight of cloning; 1 - alpha is policy improvement's
+    alpha: float = 0.95  # weight of cloning; 1 - alpha is policy improvement's
     beta: float = 1.0  # weight of the critic; 0: there is none
     critic: str = "q"  # "q": improve on the target policy (L^Q); "v": on the data's (L^V)
-    eta: float = 1.0  # divides Q, or the advantage, in units of its own spread; also where pi_imp acts
-    focus: float = 2.0  # cloning weighs a transition by exp(focus * return), in units of its task's spread; 0: all alike
+    eta: float = 2.0  # divides Q, or the advantage, in units of its own spread; also where pi_imp acts
+    focus: float = 3.0  # cloning weighs a transition by exp(focus * return), in units of its task's spread; 0: all alike
     samples: int = 8  # N, actions drawn from the target policy at a state
     n_step: int = 3  # rewards summed before the bootstrap
     mc_share: float = 0.5  # share of the observed return in the critic's target, after the warm-up
@@ -54,7 +54,7 @@ ALGORITHMS = {
     "fc": dict(alpha=1.0, beta=0.0, n_step=1, focus=0.0, top=0.1),  # filtered BC
     "bcq": dict(alpha=1.0, beta=1.0, focus=0.0),
     "pac": dict(),
-    "pacv": dict(critic="v", alpha=0.2),
+    "pacv": dict(critic="v", alpha=0.2, eta=1.0),
 }
 
 
@@ -208,7 +208,7 @@ class Learner:
                     weight = weight + (1 - alpha) * w
                     metrics["policy/ess"] = w.sum().square() / w.square().sum() / len(w)
                 else:
-                    actions = sample_actions(target.policy(target_latents, both[1]), s.samples, generator)  # (2B, N, A)
+                    actions = sample_actions(sharpen(target.policy(target_latents, both[1])), s.samples, generator)  # (2B, N, A)
                     value_probs = torch.softmax(target.q(target_latents, actions, both[1]), dim=-1)  # (2B, N, M)
                     q = value_probs[:len(obs)] @ target.value_atoms  # (B, N)
                     self.follow_spread(q, task)
@@ -330,7 +330,7 @@ def data_weights(merit, task, num_tasks, focus):
     """
     deviation = merit - mean_per_task(merit, task, num_tasks)
     scaled = deviation / (mean_per_task(deviation.abs(), task, num_tasks) + 1e-8)
-    w = torch.exp((focus * scaled).clamp(-5, 3))
+    w = torch.exp((focus * scaled).clamp(-6, 6))
     return w / mean_per_task(w, task, num_tasks)
 
 

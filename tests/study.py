@@ -3,6 +3,7 @@
     python -m tests.study 1                  every run that is missing, then results/study1.csv and study1.png
     python -m tests.study 1 --part levels    one part's runs only
     python -m tests.study 1 --table          no runs: the table and the figure from results/study1.csv
+    python -m tests.study 1 --algo pac -- --eval-every 5000          flags for train.py
 
 Study 1: five algorithms on the two parts of the default data. Study 3: BC and PAC on data with more or fewer
 expert episodes. A run that was killed goes on from its checkpoint; one that is in the table is not made again.
@@ -207,11 +208,12 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--table", action="store_true", help="no runs: only the table and the figure")
-    args, extra = parser.parse_known_args()  # what is left goes to train.py
+    parser.add_argument("flags", nargs="*", help="of train.py, behind a --")
+    args = parser.parse_args()
     study = STUDIES[args.study]
     torch.set_num_threads(1)
     if not args.table:
-        run_all(args.study, args.part or list(study.data), args.algo or study.algos, args.seeds, args.workers, extra)
+        run_all(args.study, args.part or list(study.data), args.algo or study.algos, args.seeds, args.workers, args.flags)
     report(args.study)
 
 
