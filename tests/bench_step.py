@@ -130,7 +130,7 @@ def plain_loss(self, batch, generator):
             drawn, q, probs = [], [], []
             for x in (obs, next_obs):
                 latents = target.encode(x, task)
-                drawn.append(self.draw(target.policy(latents, task), s.samples, generator))
+                drawn.append(self.draw(parts.sharpen(target.policy(latents, task)), s.samples, generator))
                 probs.append(torch.softmax(target.q(latents, drawn[-1], task), dim=-1))
                 q.append(probs[-1] @ target.value_atoms)
             spread = mean_per_task(q[0].std(1), task, len(self.low))[:, None]

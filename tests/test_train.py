@@ -119,7 +119,7 @@ def test_a_folder_in_use_is_left_alone(capsys, small_data, tmp_path):
 def test_resume_names_the_flag_that_differs(capsys, small_data, tmp_path):
     run(small_data, tmp_path / "run", steps=10)
     assert "--batch-size 32, not 64" in refused(capsys, "--resume", tmp_path / "run", "--batch-size", "64")
-    assert "--eta 0.5, not 0.9" in refused(capsys, "--resume", tmp_path / "run", "--eta", "0.9")
+    assert "--eta 2.0, not 0.9" in refused(capsys, "--resume", tmp_path / "run", "--eta", "0.9")
 
 
 def test_a_damaged_checkpoint_is_named(capsys, small_data, tmp_path):
