@@ -6,7 +6,7 @@
     cloning              -alpha log pi(a|s),                     weighted by exp(focus * return) [ours]
     critic               -beta sum_q Gamma(q) log p(q|s, a),     Gamma: the projected Bellman target
 
-theta' is the target model, a lagged average of theta. Values are scaled task by task to [0, 1],
+theta' is the target model, a lagged average of theta; draws are from its policy squared [ours]. Values are scaled task by task to [0, 1],
 so that one set of atoms serves returns of any size: q = (return - low) / (high - low).
 """
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model import (SIZES, Perceiver, TaskSpec, config_for, count_parameters, linear_of_task, log_prob, mean_action,
-                   sample_actions, to_bins)
+                   sample_actions, sharpen, to_bins)
 from tests.conftest import meta, tiny
 
 
@@ -74,6 +74,12 @@ def test_unknown_size_lists_the_known():
 def mixture(*components):
     """A policy of one state from (probability, bins of each dimension) pairs, as log-probabilities."""
     return torch.log(torch.tensor([[share for share, _ in components]])), torch.log(torch.tensor([[p for _, p in components]]))
+
+
+def test_sharpen_squares_and_normalises():
+    components, bins = sharpen(mixture((0.75, [[0.6, 0.4]]), (0.25, [[0.5, 0.5]])))
+    torch.testing.assert_close(components.exp(), torch.tensor([[0.9, 0.1]]))  # 9 : 1
+    torch.testing.assert_close(bins.exp()[0, :, 0], torch.tensor([[0.36 / 0.52, 0.16 / 0.52], [0.5, 0.5]]))
 
 
 def test_samples_follow_the_policy():
