@@ -141,8 +141,9 @@ def report(number):
     for group in [group for group in study.data if any(row[study.group] == group for row in table)]:
         have = {algo: scores(table, study, group, algo) for algo in MARKERS
                 if any(row[study.group] == group and row["algo"] == algo for row in table)}
-        print(f"\n{study.group} {group}: mean over {min(len(m) for m, _ in have.values())} seeds or more, {EPISODES} episodes each\n")
-        print("| task | " + " | ".join(have) + " |\n|---" * 1 + "|---" * len(have) + "|")
+        print(f"\n{study.group} {group}: mean ± standard deviation over seeds, {EPISODES} episodes each\n")
+        print("| | " + " | ".join(f"{algo}, {len(m)} seeds" for algo, (m, _) in have.items()) + " |")
+        print("|---" * (1 + len(have)) + "|")
         for index, task in enumerate(TASKS):
             print(f"| {task} | " + " | ".join(f"{m[:, index].mean():.2f} ± {m[:, index].std():.2f}" for m, _ in have.values()) + " |")
         print("| **IQM** | " + " | ".join("**{:.3f}** [{:.3f}, {:.3f}]".format(value, *bounds) for value, bounds in
@@ -176,7 +177,8 @@ def figure1(study, table, path):
             ax.axvline(x, color="grey", linewidth=0.8, linestyle=":")
         ax.set_yticks(range(len(TASKS) + 1), ["IQM", *reversed(TASKS)])
         ax.set_xlabel("normalised score (0: random, 1: expert)"), ax.set_title(f"data: {part}")
-    axes[0, 0].legend(loc="lower right", fontsize=8)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.suptitle("mean and range over seeds; IQM with its 95% interval", fontsize=9)
     figure.savefig(path, dpi=130)
 
