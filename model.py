@@ -82,7 +82,7 @@ class Scalars(nn.Module):
     The multi-scale normaliser: a scalar is given as itself and as tanh(c x) for geometric c, so that it is resolved at
     some scale [formula ours]. It resolves what lies near 0, so observations are standardised first, against the paper's
     claim that no statistics are needed: Hopper's height, 1.25 ± 0.14, is nearly one number to all of tanh(c x), and a
-    clone of the expert scored 0.36 with the raw scalars, 0.97 with standardised ones (README.md).
+    clone of the expert scored 0.36 with the raw scalars, 0.97 with standardised ones.
 
     A token for each scalar leaves it to attention, which averages, to form the sums that a controller is made of.
     """
@@ -276,7 +276,8 @@ def sharpen(policy, power=2):
     """The policy to a power: each component's bins, and the components. Acting and improvement draw from it [ours].
 
     A clone of noisy behaviours is as noisy as they are, and Q errs most on the noise: drawn from the policy itself,
-    pi_imp steered Swimmer out of its gait (0.08, and 0.91 with this), where the policy's own mean scored 0.81.
+    pi_imp steered Swimmer out of its gait: at eta 2, 0.06 without this and 0.91 with it, where the policy's mean scored 0.81
+    (one run of 5,000 updates, 3 and 4 episodes, 2026-11-25; at eta 1 it did not help: 0.16).
     """
     return tuple(torch.log_softmax(power * x, dim=-1) for x in policy)
 

@@ -23,7 +23,7 @@ from behaviors import TASKS
 from eval import make_env, normalise
 from tests.study import EPISODES, RESULTS, SEEDS, iqm_interval, rows, scores
 
-SECONDS = 60  # a task: PAC's 10,000 updates take about 7 minutes on such a thread
+SECONDS = 60  # a task: PAC's 10,000 updates take about 7 minutes on an undisturbed thread
 DATA = "datasets/switching"
 METHODS = ("td3+bc", "iql", "awac")
 COLUMNS = ("method", "seed", "task", "seconds", "score", "updates")
