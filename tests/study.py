@@ -45,7 +45,8 @@ class Study:
 STUDIES = {
     1: Study("part", {part: f"datasets/{part}" for part in collect.PARTS}, ("bc", "fc", "bcq", "pacv", "pac"),
              ("part", "algo", "seed", "task", "episodes", "score")),
-    3: Study("expert_share", {share: f"datasets/expert-{share}/levels" for share in ("0.0", "0.02", "0.1", "0.5")}, ("bc", "pac"),
+    3: Study("expert_share", {"0.0": "datasets/expert-0.0/levels", "0.02": "datasets/expert-0.02/levels", "0.1": "datasets/levels",
+                               "0.5": "datasets/expert-0.5/levels"}, ("bc", "pac"),
              ("expert_share", "algo", "seed", "task", "score")),
 }
 
@@ -68,6 +69,25 @@ def make_data(number, group):
         collect.build(parts=[group])
 
 
+def copy_levels(algos, seeds):
+    """Study 3's tenth is study 1's `levels`: the same data, so the same runs."""
+    done = {(row["algo"], row["seed"]) for row in rows(RESULTS / "study3.csv") if row["expert_share"] == "0.1"}
+    for row in rows(RESULTS / "study1.csv"):
+        if row["part"] == "levels" and row["algo"] in algos and row["seed"] in seeds and (row["algo"], row["seed"]) not in done:
+            append(3, [{**row, "expert_share": "0.1"}])
+
+
+def append(number, new):
+    """Add rows to a study's table."""
+    path = RESULTS / f"study{number}.csv"
+    first = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, STUDIES[number].columns, extrasaction="ignore")
+        if first:
+            writer.writeheader()
+        writer.writerows(new)
+
+
 def train(number, group, algo, seed, extra):
     """One run to its end -> its folder. Its output goes to a log beside it."""
     run = Path(f"runs/study{number}/{group}-{algo}-{seed}")
@@ -86,8 +106,10 @@ def train(number, group, algo, seed, extra):
 
 
 def run_all(number, groups, algos, seeds, workers, extra):
-    study, path, lock = STUDIES[number], RESULTS / f"study{number}.csv", Lock()
-    done = {(row[study.group], row["algo"], row["seed"]) for row in rows(path)}
+    study, lock = STUDIES[number], Lock()
+    if number == 3 and "0.1" in groups:
+        copy_levels(algos, seeds)
+    done = {(row[study.group], row["algo"], row["seed"]) for row in rows(RESULTS / f"study{number}.csv")}
     jobs = [(group, algo, seed) for seed in seeds for group in groups for algo in algos if (group, algo, seed) not in done]
     print(f"{len(jobs)} runs, {workers} at a time: about {len(jobs) * MINUTES / workers / 60:.1f} hours")
     for group in {group: None for group, _, _ in jobs}:
@@ -101,15 +123,9 @@ def run_all(number, groups, algos, seeds, workers, extra):
             model, _ = load_run(run)
             summaries[f"{algo}-{OTHER_ACT[algo]}"] = evaluate(model, config["tasks"], EPISODES, seed + 1, OTHER_ACT[algo], config["settings"]["eta"])
         with lock:
-            new = not path.exists()
-            with open(path, "a", newline="") as file:
-                writer = csv.DictWriter(file, study.columns, extrasaction="ignore")
-                if new:
-                    writer.writeheader()
-                for name, summary in summaries.items():
-                    for task, row in summary["tasks"].items():
-                        writer.writerow({study.group: group, "algo": name, "seed": seed, "task": task, "episodes": EPISODES,
-                                         "score": round(row["score"], 4)})
+            append(number, [{study.group: group, "algo": name, "seed": seed, "task": task, "episodes": EPISODES,
+                             "score": round(row["score"], 4)}
+                            for name, summary in summaries.items() for task, row in summary["tasks"].items()])
             configs_path = RESULTS / f"study{number}-configs.json"
             configs = json.loads(configs_path.read_text()) if configs_path.exists() else {}
             configs[run.name] = {key: config[key] for key in ("train", "settings")}
