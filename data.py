@@ -360,12 +360,13 @@ class Sampler:
     def __init__(self, tasks, batch_size, steps=1, top=1.0, weights=None, alphas=None, device="cpu"):
         self.tasks, self.batch_size, self.steps, self.device = tasks, batch_size, steps, torch.device(device)
         weights = np.ones(len(tasks)) if weights is None else np.array(weights, float)
-        self.probability = weights / weights.sum()
         names = list(dict.fromkeys(task.name for task in tasks))
         self.task = np.array([names.index(task.name) for task in tasks])
         self.alpha = None if alphas is None else np.array(alphas, np.float32)
         self.obs_dim = max(task.meta["obs_dim"] for task in tasks)
         self.action_dim = max(task.meta["action_dim"] for task in tasks)
+        padded = any(task.width < self.obs_dim + self.action_dim + 3 for task in tasks)
+        self.new_rows = np.zeros if padded else np.empty  # what has no padding is written whole
         begin, length, counts, self.places = [], [], [], []
         for task in tasks:
             keep = max(1, round(top * len(task.episodes)))
@@ -377,23 +378,26 @@ class Sampler:
             low, high = (np.array(task.meta[key], np.float32) for key in ("action_low", "action_high"))
             scale = (low + high) / 2, np.where(high > low, (high - low) / 2, np.float32(1))  # a constant action becomes 0
             scale = None if (low == -1).all() and (high == 1).all() else scale  # to scale is a fifth of the work
-            self.places += [(task, k, scale) for k in range(len(task.maps))]
-        # The transitions of all sources are numbered one behind another: `low`, `size` of a source, `bounds` of the
-        # shards, `ends` of the episodes; `offset` leads from a transition of an episode to its row in its shard.
-        self.size = np.array([x.sum() for x in length])
-        self.low = np.cumsum(self.size) - self.size
+            self.places += [(len(begin) - 1, task, k, scale) for k in range(len(task.maps))]
+        # The transitions of all sources are numbered one behind another, up to `sizes`, drawn with the chances `odds`
+        # (both summed up), up to `bounds` those of the shards, to `ends` those of the episodes; `offset` leads from a
+        # transition of an episode to its row in its shard.
+        self.sizes = np.cumsum([0, *(x.sum() for x in length)])
+        self.odds = np.cumsum([0, *weights]) / weights.sum()
         self.bounds = np.cumsum([0, *counts])
         length = np.concatenate(length)
         self.ends = np.cumsum(length)
         self.offset = np.concatenate(begin) - (self.ends - length)
 
     def draw(self, rng):
-        """Which windows a batch has: their sources (B,) and first transitions (B,), numbered over all sources.
+        """The first transitions (B,) of a batch's windows, numbered over all sources.
 
-        In order, so that those of one shard are together, and memory is read forwards.
+        In order, so that those of one shard are together, and memory is read forwards: sums of exponential
+        numbers, divided by the last, are uniform numbers sorted.
         """
-        source = np.repeat(np.arange(len(self.tasks)), rng.multinomial(self.batch_size, self.probability))
-        return source, np.sort(self.low[source] + (rng.random(len(source)) * self.size[source]).astype(np.int64))
+        sums = np.cumsum(rng.standard_exponential(self.batch_size + 1))
+        uniform = sums[:-1] / sums[-1]
+        return np.minimum(np.interp(uniform, self.odds, self.sizes).astype(np.int64), self.sizes[-1] - 1)
 
     def locate(self, transition):
         """Transitions (B,) -> their rows in their shards (B,), and their episodes' final rows (B,)."""
@@ -407,14 +411,15 @@ class Sampler:
         Of several ranks with the same `rng`, each reads its own share of the windows of one and the same batch.
         """
         T, O, A = self.steps, self.obs_dim, self.action_dim
-        source, transition = (x[rank::ranks] for x in self.draw(rng))
+        transition = self.draw(rng)[rank::ranks]
         begin, final = self.locate(transition)
         index = begin[:, None] + np.arange(T + 1)  # (B, T+1)
         np.minimum(index, final[:, None], out=index)  # past its end a window stays on the episode's final row
         cuts = np.searchsorted(transition, self.bounds)
-        rows = np.zeros((len(source), T + 1, O + A + 3), np.float32)
+        source, rows = np.empty(len(transition), int), self.new_rows((len(transition), T + 1, O + A + 3), np.float32)
         for place in np.flatnonzero(np.diff(cuts)):
-            part, (task, shard, scale) = slice(cuts[place], cuts[place + 1]), self.places[place]
+            part = slice(cuts[place], cuts[place + 1])
+            source[part], task, shard, scale = self.places[place]
             wide, obs_dim, action_dim = task.width == rows.shape[2], task.meta["obs_dim"], task.meta["action_dim"]
             # mode: "raise" would gather to a copy first
             read = np.take(task.shard(shard), index[part], axis=0, out=rows[part] if wide else None, mode="clip")
@@ -427,7 +432,7 @@ class Sampler:
         task, alpha = self.task[source], None if self.alpha is None else torch.from_numpy(self.alpha[source])
         if self.device.type == "cuda":  # one copy, which the GPU makes beside its work
             rows, task = (torch.from_numpy(x).pin_memory().to(self.device, non_blocking=True) for x in (rows, task))
-        now, flag = rows[:, :-1], rows[:, :-1, -1]
+        now, flag = rows[:, :-1], rows[:, :-1, -1] * 1  # a copy: three comparisons follow
         views = dict(obs=now[..., :O], next_obs=rows[:, 1:, :O], action=now[..., O:-3], reward=now[..., -3],
                      return_to_go=now[..., -2], terminated=flag == TERMINATED, truncated=flag == TRUNCATED,
                      valid=flag != FINAL_OBS, task=task)

@@ -210,7 +210,7 @@ class Learner:
                 else:
                     actions = sample_actions(sharpen(target.policy(target_latents, both[1])), s.samples, generator)  # (2B, N, A)
                     value_probs = torch.softmax(target.q(target_latents, actions, both[1]), dim=-1)  # (2B, N, M)
-                    q = value_probs[:len(obs)] @ target.value_atoms  # (B, N)
+                    q = target.mean_value(value_probs[:len(obs)])  # (B, N)
                     self.follow_spread(q, task)
                     w = improvement_weights(q, target.q_spread[task], s.eta)  # (B, N)
                     next_probs = value_probs[len(obs):].mean(1)  # q' ~ p(q|s', a'), a' ~ pi_theta'

@@ -229,20 +229,25 @@ class Perceiver(nn.Module):
         """latents: (B, L, W), task: (B,) -> log-probabilities of the components (B, C), and of their bins (B, C, A, K)"""
         read = self.policy_decoder(look_up(self.policy_query, task), latents)  # (B, A + 1, W)
         bins = self.policy_head(read[:, 1:]).unflatten(2, (self.config.components, -1)).transpose(1, 2)
-        return torch.log_softmax(self.component_head(read[:, 0]), dim=-1), torch.log_softmax(bins, dim=-1)
+        return tuple(torch.log_softmax(logits.float(), dim=-1) for logits in (self.component_head(read[:, 0]), bins))
 
     def q(self, latents, action, task):
         """latents: (B, L, W), action: (B, N, A) in [-1, 1], task: (B,) -> logits (B, N, M) of the value atoms"""
         query = self.action_encoder(action, task).squeeze(2)  # (B, N, W)
-        return self.q_head(self.q_decoder(query, latents))
+        return self.q_head(self.q_decoder(query, latents)).float()
 
     def v(self, latents):
         """latents: (B, L, W) -> logits (B, M) of the value atoms"""
-        return self.v_head(self.v_decoder(self.v_query, latents)).squeeze(1)
+        return self.v_head(self.v_decoder(self.v_query, latents)).squeeze(1).float()
 
     def expectation(self, logits):
         """logits (..., M) of the value atoms -> their mean (...)"""
-        return torch.softmax(logits, dim=-1) @ self.value_atoms
+        return self.mean_value(torch.softmax(logits, dim=-1))
+
+    def mean_value(self, probs):
+        """probs (..., M) of the value atoms -> their mean (...). No matrix product: under autocast that would round values
+        to 8 bits, more coarsely than they differ from action to action."""
+        return (probs * self.value_atoms).sum(-1)
 
     def attention_entropy(self, obs, task):
         """Mean entropy in nats of the latents' attention over the inputs; it falls when attention collapses."""

@@ -188,6 +188,21 @@ def test_observations_in_other_units_are_the_same_to_the_model():
     assert latents[0].isfinite().all() and (latents[0][0] - latents[0][3]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_bf16_autocast_gives_the_loss_and_values_in_full_precision(algo):
+    """As on a GPU, where training is in bf16: it runs, its loss is close, and values differ by less than bf16 resolves."""
+    learner = make([meta()], algo, warmup=0.0)
+    made = batch([0.1, -0.4, 0.3, 0.2], [0.3, -0.3, 0.1, 0.0], [0.0, 1.0, 0.5, 0.2])
+    exact = learner.loss(made, torch.Generator().manual_seed(0))[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = learner.loss(made, torch.Generator().manual_seed(0))[0]
+        probs = torch.softmax(torch.stack([torch.zeros(101), 1e-3 * torch.arange(101)]), dim=-1)
+        low, high = learner.model.mean_value(probs)
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact.item(), rel=0.05)
+    assert 0.005 < high - low < 0.012  # of 0.5, where bf16's step is 0.004: 0.0085 exactly
+
+
 def test_the_target_lags_and_gets_no_gradient():
     learner = make([meta()], "pac", warmup=0.0, target_rate=0.25)
     made = batch([0.1, 0.2], [0.3, -0.3], [0.0, 1.0], terminated=False)
