@@ -206,7 +206,7 @@ class Learner:
                     advantage = shift + scale * target.expectation(after) - target.expectation(now)
                     w = data_weights(advantage, task, len(self.low), 1 / s.eta)
                     weight = weight + (1 - alpha) * w
-                    metrics["policy/ess"] = w.sum().square() / w.square().sum() / len(w)
+                    metrics["policy/ess"] = (1 / mean_per_task(w.square(), task, len(self.low))).mean()  # a share of the rows
                 else:
                     actions = sample_actions(sharpen(target.policy(target_latents, both[1])), s.samples, generator)  # (2B, N, A)
                     value_probs = torch.softmax(target.q(target_latents, actions, both[1]), dim=-1)  # (2B, N, M)
