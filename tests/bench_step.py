@@ -1,11 +1,13 @@
-"""How fast an update is: ours, the same mathematics written plainly, and with other projects' modules in it.
+"""How fast an update is, per CPU-second: ours, the same mathematics written plainly, and with other projects' modules in it.
 
     python -m tests.bench step                            a table, and results/bench_step.json
     python -m tests.bench step --size medium --algos pac  another size
 
 All of them start from the same weights, and those of the same mathematics must give the same loss. They take turns,
-a few updates each, so that what else the machine does falls on all alike; the ratio is to ours, of the medians.
-The trunks need `pip install transformers perceiver-pytorch`, in an environment of their own; what is missing is named.
+a few updates each, on one thread; times are of the CPU, so that what else the machine does matters less, and ratios
+are to ours, medians over turns. d3rlpy's updates are those of study 2: one task, networks and batches of its own.
+What it needs besides: `pip install transformers perceiver-pytorch d3rlpy`, in an environment of their own; what is
+missing is named.
 """
 
 import copy
@@ -290,15 +292,15 @@ def matrix_rate(size=1024):
     """FLOP/s of a large fp32 product."""
     a = torch.randn(size, size)
     a @ a
-    began, count = time.perf_counter(), 0
-    while time.perf_counter() - began < 1:
+    began, count = time.process_time(), 0
+    while time.process_time() - began < 1:
         a @ a
         count += 1
-    return 2 * size**3 * count / (time.perf_counter() - began)
+    return 2 * size**3 * count / (time.process_time() - began)
 
 
 def measure(size, algo, batch_size, rounds, tasks, sampler, steps=4):
-    """Seconds an update of each contender, in turns; a list of rows."""
+    """CPU-seconds an update of each contender, in turns; a list of rows."""
     import numpy as np
     metas = data.merged_metas(tasks)
     config = config_for(size, [TaskSpec(m["name"], m["instruction"], m["obs_dim"], m["action_dim"]) for m in metas])
@@ -316,7 +318,7 @@ def measure(size, algo, batch_size, rounds, tasks, sampler, steps=4):
     times, generator, turn = {name: [] for name in made}, torch.Generator().manual_seed(0), 0
     for number in tqdm(range(rounds + 1), desc=f"{size} {algo}", leave=False):
         for name, one in list(made.items()):
-            began = time.perf_counter()
+            began = time.process_time()
             try:
                 for batch in batches[:steps]:
                     one.update(batch, generator)
@@ -325,7 +327,7 @@ def measure(size, algo, batch_size, rounds, tasks, sampler, steps=4):
                 del made[name], times[name]
                 continue
             if number:  # the first round warms up
-                times[name].append((time.perf_counter() - began) / steps)
+                times[name].append((time.process_time() - began) / steps)
     rate, flops = matrix_rate(), flops_per_update(config, settings, batch_size)
     base = statistics.median(times["ours"])
     return [{"name": name, "size": size, "algo": algo, "parameters": count_parameters(made[name].model),
@@ -335,29 +337,51 @@ def measure(size, algo, batch_size, rounds, tasks, sampler, steps=4):
             for name, seconds in times.items()]
 
 
+def specialists(task, rounds):
+    """d3rlpy's updates, with its own batches; rows."""
+    try:
+        import d3rlpy
+    except ImportError:
+        print("d3rlpy is not installed: left out")
+        return []
+    from tests.peers import CHUNK, METHODS, training
+    rows = []
+    for method in METHODS:
+        (algo, fit), seconds = training(method, task), []
+        for number in range(rounds // 4 + 1):
+            began = time.process_time()
+            next(fit)
+            if number:
+                seconds.append((time.process_time() - began) / CHUNK)
+        rows.append({"name": f"d3rlpy {d3rlpy.__version__}, {task.name}, batch {algo.batch_size}", "size": "its own",
+                     "algo": method, "parameters": None, "updates_per_second": round(1 / statistics.median(seconds), 2),
+                     "ratio": None, "of_matrix_rate": None})
+    return rows
+
+
 def bench_step(args):
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     tasks = data.open_tasks(args.data)
     rows = []
     for size in args.sizes:
         for algo in args.algos:
             sampler = data.Sampler(tasks, args.batch_size, settings_for(algo).n_step)
             rows += measure(size, algo, args.batch_size, args.rounds, tasks, sampler)
-    print("| size | algorithm | | updates/s | time, ours = 1 | of the matrix rate |\n|---|---|---|---|---|---|")
+    rows += specialists(tasks[0], args.rounds)
+    print("| size | algorithm | | updates a CPU-second | time, ours = 1 | of the matrix rate |\n|---|---|---|---|---|---|")
     for row in rows:
         share = "" if row["of_matrix_rate"] is None else f"{row['of_matrix_rate']:.0%}"
-        print(f"| {row['size']} | {row['algo']} | {row['name']} | {row['updates_per_second']:.1f} | {row['ratio']:.2f} | {share} |")
+        print(f"| {row['size']} | {row['algo']} | {row['name']} | {row['updates_per_second']:.1f} | {row['ratio'] or ''} | {share} |")
     RESULTS.mkdir(exist_ok=True)
     result = {"date": str(date.today()), "machine": platform.processor() or platform.machine(), "torch": torch.__version__,
-              "threads": args.threads, "batch_size": args.batch_size, "rows": rows}
+              "threads": 1, "batch_size": args.batch_size, "rows": rows}
     (RESULTS / "bench_step.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def add_arguments(parser):
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["small"])
-    parser.add_argument("--algos", nargs="+", choices=ALGORITHMS, default=["bc", "pac"])
+    parser.add_argument("--algos", nargs="+", choices=ALGORITHMS, default=["bc", "pac", "pacv"])
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--data", default="datasets/switching")
     parser.set_defaults(run=bench_step)

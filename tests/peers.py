@@ -21,11 +21,12 @@ import numpy as np
 import data
 from behaviors import TASKS
 from eval import make_env, normalise
-from tests.study import EPISODES, RESULTS, SEEDS, iqm_interval, rows, scores
+from tests.study import EPISODES, RESULTS, SEEDS, cells, iqm_interval, rows, scores
 
 SECONDS = 60  # a task: PAC's 10,000 updates take about 7 minutes on an undisturbed thread
 DATA = "datasets/switching"
 METHODS = ("td3+bc", "iql", "awac")
+CHUNK = 100  # updates between two looks at the clock
 COLUMNS = ("method", "seed", "task", "seconds", "score", "updates")
 
 
@@ -55,6 +56,14 @@ def replay_buffer(task):
     return MDPDataset(*(np.concatenate(x) for x in (obs, action, reward, terminated, truncated)))
 
 
+def training(method, task):
+    """-> the algorithm, and a generator that trains it on the task, CHUNK updates at a time."""
+    from d3rlpy.logging import NoopAdapterFactory
+    algo = make(method)
+    return algo, algo.fitter(replay_buffer(task), n_steps=10**9, n_steps_per_epoch=CHUNK, show_progress=False,
+                             logger_adapter=NoopAdapterFactory())
+
+
 def play(algo, meta, seed):
     """The returns of EPISODES episodes, from the same starts as eval.py's with this seed."""
     low, high = (np.array(meta[name], np.float32) for name in ("action_low", "action_high"))
@@ -78,13 +87,11 @@ def run(job):
     torch.set_num_threads(1)
     d3rlpy.seed(seed)
     task = data.Task(f"{DATA}/{name}")
-    algo, dataset, updates = make(method), replay_buffer(task), 0
-    fit = algo.fitter(dataset, n_steps=10**9, n_steps_per_epoch=100, show_progress=False,
-                      logger_adapter=d3rlpy.logging.NoopAdapterFactory())
+    (algo, fit), updates = training(method, task), 0
     began = time.monotonic()
     while time.monotonic() - began < seconds:
         next(fit)
-        updates += 100
+        updates += CHUNK
     trained = time.monotonic() - began
     score = normalise(play(algo, task.meta, seed + 1), task.meta).mean()
     return {"method": method, "seed": seed, "task": name, "seconds": round(trained, 1), "score": round(float(score), 4),
@@ -104,11 +111,10 @@ def report():
         group = "part"
     whole = [m for m in (*METHODS, "pac") if {row["task"] for row in table + pac if row["algo"] == m} == set(TASKS)]
     have = {method: scores(table + pac, Both, "switching", method)[0] for method in whole}
-    print("| task | " + " | ".join(have) + " |\n|---" + "|---" * len(have) + "|")
-    for index, task in enumerate(TASKS):
-        print(f"| {task} | " + " | ".join(f"{m[:, index].mean():.2f} ± {m[:, index].std():.2f}" for m in have.values()) + " |")
+    print("| | " + " | ".join(f"{method}, {len(m)} seed{'s'[:len(m) - 1]}" for method, m in have.items()) + " |\n|---" + "|---" * len(have) + "|")
+    for row in zip([*TASKS, "**IQM**"], *map(cells, have.values())):
+        print("| " + " | ".join(row) + " |")
     intervals = {method: iqm_interval(m) for method, m in have.items()}
-    print("| **IQM** | " + " | ".join("**{:.3f}** [{:.3f}, {:.3f}]".format(value, *bounds) for value, bounds in intervals.values()) + " |")
     best = np.max([have[method].mean(0) for method in whole[:-1]], 0)
     print(f"\nPAC is level with the best specialist, or better, on {(have['pac'].mean(0) >= best - 0.02).sum()} of {len(TASKS)} tasks")
 

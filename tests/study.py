@@ -151,6 +151,13 @@ def iqm_interval(matrix):
     return iqm(matrix), interval(list(matrix.T), iqm)
 
 
+def cells(matrix):
+    """The table's entries of one algorithm: each task's mean and spread over seeds, and the IQM; of one seed, no spread."""
+    many, (value, bounds) = len(matrix) > 1, iqm_interval(matrix)
+    return [*(f"{mean:.2f}" + many * f" ± {std:.2f}" for mean, std in zip(matrix.mean(0), matrix.std(0))),
+            f"**{value:.3f}**" + many * " [{:.3f}, {:.3f}]".format(*bounds)]
+
+
 def report(number):
     """The table on the screen, in markdown, and the figure."""
     study, table = STUDIES[number], rows(RESULTS / f"study{number}.csv")
@@ -158,12 +165,10 @@ def report(number):
         have = {algo: scores(table, study, group, algo) for algo in MARKERS
                 if any(row[study.group] == group and row["algo"] == algo for row in table)}
         print(f"\n{study.group} {group}: mean ± standard deviation over seeds, {EPISODES} episodes each\n")
-        print("| | " + " | ".join(f"{algo}, {len(m)} seeds" for algo, (m, _) in have.items()) + " |")
+        print("| | " + " | ".join(f"{algo}, {len(m)} seed{'s'[:len(m) - 1]}" for algo, (m, _) in have.items()) + " |")
         print("|---" * (1 + len(have)) + "|")
-        for index, task in enumerate(TASKS):
-            print(f"| {task} | " + " | ".join(f"{m[:, index].mean():.2f} ± {m[:, index].std():.2f}" for m, _ in have.values()) + " |")
-        print("| **IQM** | " + " | ".join("**{:.3f}** [{:.3f}, {:.3f}]".format(value, *bounds) for value, bounds in
-                                          (iqm_interval(m) for m, _ in have.values())) + " |")
+        for row in zip([*TASKS, "**IQM**"], *(cells(m) for m, _ in have.values())):
+            print("| " + " | ".join(row) + " |")
     (figure1 if number == 1 else figure3)(study, table, RESULTS / f"study{number}.png")
 
 
