@@ -114,7 +114,8 @@ def linear_of_task(x, weight, bias, task):
     if x.is_meta:  # a dry run: the same work
         return x @ weight[0] + bias[0]
     order, counts = task.argsort(stable=True), task.bincount(minlength=len(weight)).tolist()
-    products = [part @ weight[t] + bias[t] for t, part in enumerate(x[order].split(counts)) if len(part)]
+    # unbind: its backward pass writes the gradient once; that of weight[t] would fill one of its whole size for every t
+    products = [part @ w + b for part, w, b in zip(x[order].split(counts), weight.unbind(), bias.unbind()) if len(part)]
     return torch.cat(products)[order.argsort()]
 
 

@@ -15,6 +15,7 @@ Exit codes: 0; 2, the message says what is wrong; 3, trained, but episodes of th
 """
 
 import argparse
+import ctypes
 import faulthandler
 import json
 import os
@@ -46,6 +47,7 @@ from model import SIZES, TaskSpec, config_for, count_parameters
 
 DEFAULT_SETS = {data.DEFAULT_DATA: collect.TRANSITIONS, data.DEFAULT_DATA / "tiny": 20_000}  # transitions a task and part
 STEPS = {"tiny": 600, "small": 10_000}  # updates by default; other sizes: 100,000
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 LARGE = ("s", "m", "l")  # these are sharded over the ranks and recompute activations, unless a flag says otherwise
 RANK, RANKS, LOCAL_RANK = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")) \
     if dist.is_torchelastic_launched() else (0, 1, 0)
@@ -317,7 +319,19 @@ def model_config_for(config, metas):
                                     for m in metas])
 
 
+def keep_memory():
+    """Tell glibc to keep the memory it is given back.
+
+    It would return an update's large tensors to the kernel, and every page costs a fault when the next update asks for
+    it again: on a CPU up to 4% of an update of BC, 9% of PAC and 14% of PAC+V.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20), libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
+
+
 def train(config, settings, sources, run, resume=None, at=None):
+    keep_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.deterministic:

@@ -31,6 +31,7 @@ from kernels.categorical_projection import bellman_target
 from learner import ALGORITHMS, Learner, data_weights, flops_per_update, mean_per_task, n_step_return, settings_for
 from model import SIZES, Perceiver, TaskSpec, config_for, count_parameters, log_prob
 from tests.bench import RESULTS
+from train import keep_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -361,6 +362,7 @@ def specialists(task, rounds):
 
 def bench_step(args):
     torch.set_num_threads(1)
+    keep_memory()  # for all alike
     tasks = data.open_tasks(args.data)
     rows = []
     for size in args.sizes:
