@@ -4,14 +4,16 @@
     python -m tests.bench step --size medium --algos pac  another size
 
 All of them start from the same weights, and those of the same mathematics must give the same loss. They take turns,
-a few updates each, on one thread; times are of the CPU, so that what else the machine does matters less, and ratios
-are to ours, medians over turns. d3rlpy's updates are those of study 2: one task, networks and batches of its own.
+a few updates each, in processes of one thread; times are of the CPU, so that what else the machine does matters less,
+and ratios are to ours, medians over turns. d3rlpy's updates are those of study 2: one task, networks and batches of its own.
 What it needs besides: `pip install transformers perceiver-pytorch d3rlpy`, in an environment of their own; what is
 missing is named.
 """
 
 import copy
+import importlib.util
 import json
+import multiprocessing
 import platform
 import statistics
 import sys
@@ -20,6 +22,7 @@ from datetime import date
 from pathlib import Path
 from types import MethodType
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -33,6 +36,7 @@ from model import SIZES, Perceiver, TaskSpec, config_for, count_parameters, log_
 from tests.bench import RESULTS
 from train import keep_memory
 
+STEPS = 4  # updates in a turn
 ROOT = Path(__file__).resolve().parent.parent
 
 # ---------------------------------------------------------------- the same mathematics, written plainly
@@ -251,20 +255,18 @@ def compiled(learner):
     return learner
 
 
-def contenders(config):
-    """name -> what it makes of a Learner, and whether its mathematics is ours."""
-    found = {"ours": (lambda x: x, True), "ours, bf16": (autocast, False), "ours, compiled": (compiled, True),
-             "plain": (plainly, True), "our loss, nn.MultiheadAttention": (with_modules, True),
-             "plain loss, nn.MultiheadAttention": (lambda x: with_modules(plainly(x)), True)}
-    for name, package, make in (("transformers", "transformers", hugging_face),
-                                ("perceiver-pytorch", "perceiver_pytorch", perceiver_pytorch)):
-        if import_apart(package):
-            make(config)
-            found[f"our loss, trunk of {name}"] = (lambda x, make=make: with_trunk(x, make), False)
-            found[f"plain loss, trunk of {name}"] = (lambda x, make=make: with_trunk(plainly(x), make), False)
-        else:
-            print(f"{name} is not installed: left out")
-    return found
+CONTENDERS = {  # name: what it makes of a Learner, whether its mathematics is ours, the package it needs
+    "ours": (lambda x: x, True, None),
+    "ours, bf16": (autocast, False, None),
+    "ours, compiled": (compiled, True, None),
+    "plain": (plainly, True, None),
+    "our loss, nn.MultiheadAttention": (with_modules, True, None),
+    "plain loss, nn.MultiheadAttention": (lambda x: with_modules(plainly(x)), True, None),
+    "our loss, trunk of transformers": (lambda x: with_trunk(x, hugging_face), False, "transformers"),
+    "plain loss, trunk of transformers": (lambda x: with_trunk(plainly(x), hugging_face), False, "transformers"),
+    "our loss, trunk of perceiver-pytorch": (lambda x: with_trunk(x, perceiver_pytorch), False, "perceiver_pytorch"),
+    "plain loss, trunk of perceiver-pytorch": (lambda x: with_trunk(plainly(x), perceiver_pytorch), False, "perceiver_pytorch"),
+}
 
 
 def same_draws(policy, count, _):
@@ -276,17 +278,14 @@ def same_draws(policy, count, _):
 parts_sample = parts.sample_actions
 
 
-def check(learner, expected, batch):
-    """The loss of an untouched copy, with the draws fixed, is `expected`, unless that is None. -> the loss"""
+def loss_with_fixed_draws(learner, batch):
+    """The loss of an untouched copy: equal mathematics give an equal one."""
     learner, before = copy.deepcopy(learner), ours.sample_actions
     ours.sample_actions = learner.draw = same_draws
     try:
-        got = learner.loss(batch, None)[0].item()
+        return learner.loss(batch, None)[0].item()
     finally:
         ours.sample_actions = before
-    if expected is not None and abs(got - expected) > 1e-4 * abs(expected):
-        raise SystemExit(f"another loss: {got}, expected {expected}")
-    return got
 
 
 def matrix_rate(size=1024):
@@ -300,38 +299,58 @@ def matrix_rate(size=1024):
     return 2 * size**3 * count / (time.process_time() - began)
 
 
-def measure(size, algo, batch_size, rounds, tasks, sampler, steps=4):
-    """CPU-seconds an update of each contender, in turns; a list of rows."""
-    import numpy as np
-    metas = data.merged_metas(tasks)
+def contender(pipe, name, size, algo, batch_size, folder):
+    """A process of its own: says its loss and size, then makes STEPS updates whenever it is told to, and says how long
+    they took. Those with our loss keep their memory, as train.py does; a plain training script does not."""
+    torch.set_num_threads(1)
+    if name.startswith("our"):
+        keep_memory()
+    change, same, package = CONTENDERS[name]
+    if package:
+        import_apart(package)
+    tasks, settings = data.open_tasks(folder), settings_for(algo, warmup=0.0)
+    metas, sampler = data.merged_metas(tasks), data.Sampler(tasks, batch_size, settings.n_step)
     config = config_for(size, [TaskSpec(m["name"], m["instruction"], m["obs_dim"], m["action_dim"]) for m in metas])
-    settings = settings_for(algo, warmup=0.0)
-    batches = [sampler.sample(np.random.default_rng(seed)) for seed in range(8)]
-    made, expected = {}, None
-    for name, (change, same) in contenders(config).items():
-        base = Learner(config, settings, metas, 10_000)
-        base.start_at(batches[0])
-        with torch.no_grad():  # the untrained policy head is too even to tell mistakes
-            base.target_model.policy_head[-1].weight.mul_(3)
-        made[name] = change(base)
-        if same and name != "ours, compiled":
-            expected = check(made[name], expected, batches[0])
-    times, generator, turn = {name: [] for name in made}, torch.Generator().manual_seed(0), 0
-    for number in tqdm(range(rounds + 1), desc=f"{size} {algo}", leave=False):
-        for name, one in list(made.items()):
-            began = time.process_time()
-            try:
-                for batch in batches[:steps]:
-                    one.update(batch, generator)
-            except Exception as error:
-                print(f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:150]}")
-                del made[name], times[name]
-                continue
+    batches = [sampler.sample(np.random.default_rng(seed)) for seed in range(STEPS)]
+    learner, generator = Learner(config, settings, metas, 10_000), torch.Generator().manual_seed(0)
+    learner.start_at(batches[0])
+    with torch.no_grad():  # the untrained policy head is too even to tell mistakes
+        learner.target_model.policy_head[-1].weight.mul_(3)
+    learner = change(learner)
+    pipe.send((loss_with_fixed_draws(learner, batches[0]) if same and change is not compiled else None,
+               count_parameters(learner.model), flops_per_update(config, settings, batch_size)))
+    while pipe.recv():
+        began = time.process_time()
+        for batch in batches:
+            learner.update(batch, generator)
+        pipe.send((time.process_time() - began) / STEPS)
+
+
+def measure(size, algo, args):
+    """CPU-seconds an update of each contender, in turns; a list of rows."""
+    context, pipes, said = multiprocessing.get_context("spawn"), {}, {}
+    for name, (_, _, package) in CONTENDERS.items():
+        if package and not importlib.util.find_spec(package):
+            print(f"{package} is not installed: left out")
+            continue
+        pipes[name], other = context.Pipe()
+        context.Process(target=contender, args=(other, name, size, algo, args.batch_size, args.data), daemon=True).start()
+        other.close()
+    times = {name: [] for name in pipes}
+    for name, pipe in pipes.items():
+        said[name] = loss, _, flops = pipe.recv()
+        if loss is not None and abs(loss - said["ours"][0]) > 1e-4 * abs(loss):
+            raise SystemExit(f"{name}: another loss, {loss}, than ours, {said['ours'][0]}")
+    for number in tqdm(range(args.rounds + 1), desc=f"{size} {algo}", leave=False):
+        for name, pipe in pipes.items():
+            pipe.send(True)
+            seconds = pipe.recv()
             if number:  # the first round warms up
-                times[name].append((time.process_time() - began) / steps)
-    rate, flops = matrix_rate(), flops_per_update(config, settings, batch_size)
-    base = statistics.median(times["ours"])
-    return [{"name": name, "size": size, "algo": algo, "parameters": count_parameters(made[name].model),
+                times[name].append(seconds)
+    for pipe in pipes.values():
+        pipe.send(False)
+    rate, base = matrix_rate(), statistics.median(times["ours"])
+    return [{"name": name, "size": size, "algo": algo, "parameters": said[name][1],
              "updates_per_second": round(1 / statistics.median(seconds), 2),
              "ratio": round(statistics.median(s / o for s, o in zip(seconds, times["ours"])), 2),
              "of_matrix_rate": round(flops / base / rate, 3) if name == "ours" else None}
@@ -349,7 +368,7 @@ def specialists(task, rounds):
     rows = []
     for method in METHODS:
         (algo, fit), seconds = training(method, task), []
-        for number in range(rounds // 4 + 1):
+        for number in range(rounds // 4 + 2):
             began = time.process_time()
             next(fit)
             if number:
@@ -362,14 +381,11 @@ def specialists(task, rounds):
 
 def bench_step(args):
     torch.set_num_threads(1)
-    keep_memory()  # for all alike
-    tasks = data.open_tasks(args.data)
     rows = []
     for size in args.sizes:
         for algo in args.algos:
-            sampler = data.Sampler(tasks, args.batch_size, settings_for(algo).n_step)
-            rows += measure(size, algo, args.batch_size, args.rounds, tasks, sampler)
-    rows += specialists(tasks[0], args.rounds)
+            rows += measure(size, algo, args)
+    rows += specialists(data.open_tasks(args.data)[0], args.rounds)
     print("| size | algorithm | | updates a CPU-second | time, ours = 1 | of the matrix rate |\n|---|---|---|---|---|---|")
     for row in rows:
         share = "" if row["of_matrix_rate"] is None else f"{row['of_matrix_rate']:.0%}"

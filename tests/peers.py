@@ -130,7 +130,7 @@ def report():
     ax.set_yticks(range(len(TASKS) + 1), ["IQM", *reversed(TASKS)])
     ax.set_xlabel("normalised score (0: random, 1: expert)")
     ax.set_title("mean and range over seeds; IQM with its 95% interval", fontsize=9)
-    ax.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=len(have), frameon=False)
     figure.savefig(RESULTS / "study2.png", dpi=130)
 
 

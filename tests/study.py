@@ -218,8 +218,8 @@ def figure3(study, table, path):
         ax.errorbar(np.arange(len(groups)) + 0.05 * number, centre, yerr=[centre - bounds[:, 0], bounds[:, 1] - centre],
                     fmt=MARKERS[algo] + "-", capsize=3, color=plt.cm.viridis(0.7 * number), label=algo)
     ax.set_xticks(range(len(study.data)), [f"{float(group):.0%}" for group in study.data])
-    ax.set_xlabel("share of expert steps in the data"), ax.set_ylabel("IQM of normalised scores, 95% interval")
-    ax.legend()
+    ax.set_xlabel("share of expert steps in the data"), ax.set_ylabel("IQM of normalised scores, 95% interval over seeds")
+    ax.legend(frameon=False)
     figure.savefig(path, dpi=130)
 
 
