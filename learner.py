@@ -34,11 +34,11 @@ VALUE_MARGIN = 0.2  # atoms reach past the data's returns by this share of their
 @dataclass
 class LossSettings:
     """What an algorithm is. Every value is our choice; the paper's are not known."""
-    alpha: float = 0.95  # weight of cloning; 1 - alpha is policy improvement's
+    alpha: float = 0.9  # weight of cloning; 1 - alpha is policy improvement's
     beta: float = 1.0  # weight of the critic; 0: there is none
     critic: str = "q"  # "q": improve on the target policy (L^Q); "v": on the data's (L^V)
     eta: float = 2.0  # divides Q, or the advantage, in units of its own spread; also where pi_imp acts
-    focus: float = 3.0  # cloning weighs a transition by exp(focus * return), in units of its task's spread; 0: all alike
+    focus: float = 5.0  # cloning weighs a transition by exp(focus * return), in units of its task's spread; 0: all alike
     samples: int = 8  # N, actions drawn from the target policy at a state
     n_step: int = 3  # rewards summed before the bootstrap
     mc_share: float = 0.5  # share of the observed return in the critic's target, after the warm-up
@@ -324,13 +324,13 @@ def whole(model):
 def data_weights(merit, task, num_tasks, focus):
     """w ∝ exp(focus * merit), mean 1 within each task: the data's actions as those of a better policy. merit (B,) -> (B,)
 
-    merit is measured from its task's mean, in its mean absolute deviation, and clipped: a few outliers (falls) would
-    rule raw weights. With the return for merit it is reward-weighted regression (Peters and Schaal 2007), which Hong et
+    merit is measured from its task's mean, in its mean absolute deviation, and clipped at two of them: a few outliers
+    (falls) would rule raw weights, and the good are to count alike. With the return for merit it is reward-weighted regression (Peters and Schaal 2007), which Hong et
     al. 2023 (arXiv 2306.13085) advise for mixed data of which the good part is small; with the advantage it is L^V.
     """
     deviation = merit - mean_per_task(merit, task, num_tasks)
     scaled = deviation / (mean_per_task(deviation.abs(), task, num_tasks) + 1e-8)
-    w = torch.exp((focus * scaled).clamp(-6, 6))
+    w = torch.exp(focus * scaled.clamp(-2, 2))
     return w / mean_per_task(w, task, num_tasks)
 
 
