@@ -325,8 +325,9 @@ def data_weights(merit, task, num_tasks, focus):
     """w ∝ exp(focus * merit), mean 1 within each task: the data's actions as those of a better policy. merit (B,) -> (B,)
 
     merit is measured from its task's mean, in its mean absolute deviation, and clipped at two of them: a few outliers
-    (falls) would rule raw weights, and the good are to count alike. With the return for merit it is reward-weighted regression (Peters and Schaal 2007), which Hong et
-    al. 2023 (arXiv 2306.13085) advise for mixed data of which the good part is small; with the advantage it is L^V.
+    (falls) would rule raw weights, and what is good enough shall count alike. With the return for merit it is
+    reward-weighted regression (Peters and Schaal 2007), which Hong et al. 2023 (arXiv 2306.13085) advise for mixed data of
+    which the good part is small; with the advantage it is L^V.
     """
     deviation = merit - mean_per_task(merit, task, num_tasks)
     scaled = deviation / (mean_per_task(deviation.abs(), task, num_tasks) + 1e-8)
