@@ -110,15 +110,16 @@ def run(name, part):
     _, changes, flags = ABLATIONS[name]
     for change in changes:
         change()
-    train.main(list(map(str, ["--size", "small", "--data", f"datasets/{part}", "--out", f"runs/ablations/{part}-{name}",
-                              "--steps", UPDATES, "--seed", SEED, "--episodes", EPISODES, "--eval-every", 0, "--threads", 1,
-                              "--no-verify", *flags])))
+    given = ["--size", "small", "--data", f"datasets/{part}", "--out", f"runs/ablations/{part}-{name}", "--steps", UPDATES,
+             "--seed", SEED, "--episodes", EPISODES, "--eval-every", 0, "--threads", 1, "--no-verify", *flags]
+    train.main(list(map(str, given)))
 
 
 def table():
     with open(TABLE) as file:
         rows = list(csv.DictReader(file))
-    print("| PAC with | data | " + " | ".join(task.removesuffix("-v5") for task in TASKS) + " | IQM |\n|---|---" + "|---" * (len(TASKS) + 1) + "|")
+    columns = ["PAC with", "data", *(task.removesuffix("-v5") for task in TASKS), "IQM"]
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for name, (words, _, _) in ABLATIONS.items():
         for part in dict.fromkeys(row["data"] for row in rows if row["ablation"] == name):
             own = {row["task"]: row for row in rows if row["ablation"] == name and row["data"] == part}
@@ -152,8 +153,9 @@ def main():
                 writer = csv.writer(file)
                 if first:
                     writer.writerow(COLUMNS)
-                writer.writerows([args.part, name, UPDATES, EPISODES, SEED, task, round(row["score"], 4), round(summary["iqm"], 4)]
-                                 for task, row in summary["tasks"].items())
+                for task, row in summary["tasks"].items():
+                    writer.writerow([args.part, name, UPDATES, EPISODES, SEED, task, round(row["score"], 4),
+                                     round(summary["iqm"], 4)])
         print(f"{name}: IQM {summary['iqm']:.3f}", flush=True)
 
     done = set()
