@@ -3,7 +3,7 @@
     L^Q = (1 - alpha) KL(pi_imp || pi)  +  alpha KL(b || pi)  +  beta KL(Gamma || p)         (arXiv 2402.05546)
 
     policy improvement   -(1 - alpha) sum_j w_j log pi(a'_j|s),  a'_j ~ pi_theta'(.|s),  w = softmax_j(Q_theta'(s, a'_j) / eta)
-    cloning              -alpha log pi(a|s),                     weighted by exp(focus * return) [ours]
+    cloning              -alpha log pi(a|s)                      both weighted by exp(focus * return) [ours]
     critic               -beta sum_q Gamma(q) log p(q|s, a),     Gamma: the projected Bellman target
 
 theta' is the target model, a lagged average of theta; draws are from its policy squared [ours]. Values are scaled task by task to [0, 1],
@@ -38,7 +38,7 @@ class LossSettings:
     beta: float = 1.0  # weight of the critic; 0: there is none
     critic: str = "q"  # "q": improve on the target policy (L^Q); "v": on the data's (L^V)
     eta: float = 2.0  # divides Q, or the advantage, in units of its own spread; also where pi_imp acts
-    focus: float = 5.0  # cloning weighs a transition by exp(focus * return), in units of its task's spread; 0: all alike
+    focus: float = 5.0  # the policy's terms weigh a transition by exp(focus * return), in its task's spread; 0: all alike
     samples: int = 8  # N, actions drawn from the target policy at a state
     n_step: int = 3  # rewards summed before the bootstrap
     mc_share: float = 0.5  # share of the observed return in the critic's target, after the warm-up
@@ -74,7 +74,11 @@ def cloning_loss(policy, action, action_mask, weight=1.0):
 
 
 def improvement_loss(policy, actions, w, action_mask, weight=1.0):
-    """KL(pi_imp || pi) up to a constant. actions (B, N, A) ~ pi_theta' and their weights in pi_imp w (B, N); weight (B,) or 1."""
+    """KL(pi_imp || pi) up to a constant. actions (B, N, A) ~ pi_theta' and their weights in pi_imp w (B, N); weight (B,) or 1.
+
+    weight has to follow cloning's: where a transition is hardly cloned, pi would be drawn to its own sharpened self alone.
+    In one run of three, components collapsed to the action 0, which no behaviour takes, and HalfCheetah stood still.
+    """
     cross_entropy = -(w * log_prob(policy, actions, action_mask)).sum(-1)  # (B,)
     return (weight * cross_entropy).mean(), {"policy/improve_loss": cross_entropy.mean(), "policy/ess": (1 / w.square().sum(-1)).mean()}
 
@@ -185,7 +189,8 @@ class Learner:
         metrics = {"policy/entropy": mean_entropy(policy, action_mask)}
         low, span = self.low[task], self.range[task]
         observed = (batch.return_to_go[:, 0] - low) / span
-        weight = alpha * data_weights(observed, task, len(self.low), s.focus)  # (B,)
+        worth = data_weights(observed, task, len(self.low), s.focus)  # (B,), a transition's weight in the policy's terms
+        weight = alpha * worth  # cloning's
         if s.beta == 0:
             loss, m = cloning_loss(policy, action, action_mask, weight)
             return loss, {**metrics, **m, "loss": loss}
@@ -219,7 +224,7 @@ class Learner:
         loss, m = cloning_loss(policy, action, action_mask, weight)
         metrics.update(m)
         if s.critic == "q" and not warm and (s.alpha < 1 or batch.alpha is not None):
-            improvement, m = improvement_loss(policy, actions[:len(obs)], w, action_mask, 1 - alpha)
+            improvement, m = improvement_loss(policy, actions[:len(obs)], w, action_mask, (1 - alpha) * worth)
             loss = loss + improvement
             metrics.update(m, **{"policy/q_spread": target.q_spread[task].mean()})
         value_loss, m = critic_loss(value_logits, next_probs, shift, scale, observed, mc_share)
