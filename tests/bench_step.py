@@ -149,7 +149,7 @@ def plain_loss(self, batch, generator):
     loss = (s.alpha * worth + (1 - s.alpha) * weight if s.critic == "v" else s.alpha * worth) * clone
     loss = loss - s.beta * (gamma * torch.log_softmax(logits, dim=-1)).sum(1)
     if s.critic == "q" and s.alpha < 1:
-        loss = loss - (1 - s.alpha) * (w * log_prob(policy, drawn[0], mask)).sum(1)
+        loss = loss - (1 - s.alpha) * worth * (w * log_prob(policy, drawn[0], mask)).sum(1)
     return loss.mean(), {"loss": loss.mean()}
 
 

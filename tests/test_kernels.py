@@ -18,7 +18,7 @@ import torch
 from kernels import categorical_projection as projection
 from kernels import latent_block as block
 from kernels import triton_support
-from kernels.attention import attention, attention_backward, attention_forward, attention_plain, attention_reference
+from kernels.attention import attention, attention_forward, attention_plain, attention_reference
 from kernels.categorical_projection import bellman_cross_entropy, bellman_target, fused_cross_entropy, point_mass, project
 from kernels.latent_block import latent_block, latent_block_forward, latent_block_reference
 

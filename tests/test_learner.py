@@ -7,7 +7,7 @@ import torch
 
 from learner import (ALGORITHMS, Learner, cloning_loss, data_weights, flops_per_update, improvement_loss,
                      improvement_weights, n_step_return, schedule, settings_for)
-from model import TaskSpec, config_for, mean_action, sample_actions
+from model import TaskSpec, config_for, sample_actions
 from tests.conftest import batch, meta, tiny
 
 
