@@ -213,9 +213,12 @@ def figure3(study, table, path):
     figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     for number, algo in enumerate(study.algos):
         groups = [group for group in study.data if any(row["expert_share"] == group and row["algo"] == algo for row in table)]
+        if not groups:
+            continue
+        places = np.array([list(study.data).index(group) for group in groups])
         values = [iqm_interval(scores(table, study, group, algo)[0]) for group in groups]
         centre, bounds = np.array([value for value, _ in values]), np.array([bounds for _, bounds in values])
-        ax.errorbar(np.arange(len(groups)) + 0.05 * number, centre, yerr=[centre - bounds[:, 0], bounds[:, 1] - centre],
+        ax.errorbar(places + 0.05 * number, centre, yerr=[centre - bounds[:, 0], bounds[:, 1] - centre],
                     fmt=MARKERS[algo] + "-", capsize=3, color=plt.cm.viridis(0.7 * number), label=algo)
     ax.set_xticks(range(len(study.data)), [f"{float(group):.0%}" for group in study.data])
     ax.set_xlabel("share of expert steps in the data"), ax.set_ylabel("IQM of normalised scores, 95% interval over seeds")
