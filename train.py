@@ -48,6 +48,7 @@ from model import SIZES, TaskSpec, config_for, count_parameters
 DEFAULT_SETS = {data.DEFAULT_DATA: collect.TRANSITIONS, data.DEFAULT_DATA / "tiny": 20_000}  # transitions a task and part
 STEPS = {"tiny": 600, "small": 10_000}  # updates by default; other sizes: 100,000
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+ONE_THREAD = ("tiny", "small")  # a second would mostly wait: beside other work on the cores it made a run 8 times slower
 LARGE = ("s", "m", "l")  # these are sharded over the ranks and recompute activations, unless a flag says otherwise
 RANK, RANKS, LOCAL_RANK = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")) \
     if dist.is_torchelastic_launched() else (0, 1, 0)
@@ -86,7 +87,7 @@ class TrainConfig:
     save_every: int = option(500, "updates between checkpoints")
     keep: int = option(2, "checkpoints, the newest")
     log_every: int = option(50, "updates between lines of metrics.jsonl")
-    threads: int = option(None, "of the CPU (default: torch's choice)")
+    threads: int = option(None, f"of the CPU (default: 1 for {' and '.join(ONE_THREAD)}, otherwise torch's choice)")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda; bf16 on cuda")
     accumulate: int = option(1, "work a batch off in so many parts, for less memory")
     recompute: bool = option(None, f"activations, for less memory and a third more work (default: for {', '.join(LARGE)})")
@@ -253,6 +254,7 @@ def prepare(given, changes, resume):
         config_for(config.size, [])
         config.data = config.data or [str(data.DEFAULT_DATA / ("tiny" if config.size == "tiny" else "") / "switching")]
         config.steps = config.steps or STEPS.get(config.size, 100_000)
+        config.threads = config.threads or (1 if config.size in ONE_THREAD else None)
         for name in ("recompute", "shard"):
             if getattr(config, name) is None:
                 setattr(config, name, config.size in LARGE)
