@@ -70,8 +70,8 @@ class Batch:
 
     obs, next_obs (B, T, obs); action (B, T, A); reward, return_to_go (B, T);
     terminated, truncated, valid (B, T) bool; task (B,) int64, an index into the list of tasks; alpha (B,), the
-    weight of cloning, if the data's sources have their own. Steps after an episode's end are not `valid`:
-    zero reward, and its final observation again.
+    weight of cloning, if the data's sources have their own; worth (B,), the weight in the policy's terms, if the learner
+    chose the rows. Steps after an episode's end are not `valid`: zero reward, and its final observation again.
     """
     obs: torch.Tensor
     action: torch.Tensor
@@ -83,13 +83,18 @@ class Batch:
     next_obs: torch.Tensor
     task: torch.Tensor
     alpha: torch.Tensor = None
+    worth: torch.Tensor = None
 
     def to(self, device):
         return Batch(**{name: x if x is None else x.to(device, non_blocking=True) for name, x in vars(self).items()})
 
+    def take(self, rows):
+        """The Batch of some rows; rows: indices (B',) or a slice."""
+        return Batch(**{name: x if x is None else x[rows] for name, x in vars(self).items()})
+
     def split(self, parts):
         """`parts` batches of equal size, each with every task's share."""
-        return [Batch(**{name: x if x is None else x[i::parts] for name, x in vars(self).items()}) for i in range(parts)]
+        return [self.take(slice(i, None, parts)) for i in range(parts)]
 
 
 # ---------------------------------------------------------------- writing

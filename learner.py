@@ -3,7 +3,7 @@
     L^Q = (1 - alpha) KL(pi_imp || pi)  +  alpha KL(b || pi)  +  beta KL(Gamma || p)         (arXiv 2402.05546)
 
     policy improvement   -(1 - alpha) sum_j w_j log pi(a'_j|s),  a'_j ~ pi_theta'(.|s),  w = softmax_j(Q_theta'(s, a'_j) / eta)
-    cloning              -alpha log pi(a|s)                      both weighted by exp(focus * return) [ours]
+    cloning              -alpha log pi(a|s)                      both on data as if drawn by exp(focus * return) [ours]
     critic               -beta sum_q Gamma(q) log p(q|s, a),     Gamma: the projected Bellman target
 
 theta' is the target model, a lagged average of theta; draws are from its policy squared [ours]. Values are scaled task by task to [0, 1],
@@ -38,7 +38,8 @@ class LossSettings:
     beta: float = 1.0  # weight of the critic; 0: there is none
     critic: str = "q"  # "q": improve on the target policy (L^Q); "v": on the data's (L^V)
     eta: float = 2.0  # divides Q, or the advantage, in units of its own spread; also where pi_imp acts
-    focus: float = 5.0  # the policy's terms weigh a transition by exp(focus * return), in its task's spread; 0: all alike
+    focus: float = 5.0  # the policy learns as from data drawn by exp(focus * return), in its task's spread; 0: all alike
+    pool: int = 8  # candidates for each place in a batch, where focus chooses
     samples: int = 8  # N, actions drawn from the target policy at a state
     n_step: int = 3  # rewards summed before the bootstrap
     mc_share: float = 0.5  # share of the observed return in the critic's target, after the warm-up
@@ -144,6 +145,7 @@ class Learner:
         self.forward = self.loss  # several ranks put DDP or FSDP around it
         self.make_optimizer()
         self.updates, self.accumulate = 0, accumulate
+        self.pool = settings.pool if settings.focus else 1
         self.warmup_updates = round(settings.warmup * total_updates)
         low, high = (torch.tensor([t["return_to_go"][i] for t in tasks], dtype=torch.float32) for i in (0, 1))
         margin = VALUE_MARGIN * (high - low).clamp(min=1e-6)
@@ -189,7 +191,7 @@ class Learner:
         metrics = {"policy/entropy": mean_entropy(policy, action_mask)}
         low, span = self.low[task], self.range[task]
         observed = (batch.return_to_go[:, 0] - low) / span
-        worth = data_weights(observed, task, len(self.low), s.focus)  # (B,), a transition's weight in the policy's terms
+        worth = 1.0 if batch.worth is None else batch.worth  # (B,), a transition's weight in the policy's terms
         weight = alpha * worth  # cloning's
         if s.beta == 0:
             loss, m = cloning_loss(policy, action, action_mask, weight)
@@ -210,7 +212,7 @@ class Learner:
                     next_probs = torch.softmax(after, dim=-1)
                     advantage = shift + scale * target.expectation(after) - target.expectation(now)
                     w = data_weights(advantage, task, len(self.low), 1 / s.eta)
-                    weight = weight + (1 - alpha) * w
+                    weight = weight + (1 - alpha) * worth * w
                     metrics["policy/ess"] = (1 / mean_per_task(w.square(), task, len(self.low))).mean()  # a share of the rows
                 else:
                     actions = sample_actions(sharpen(target.policy(target_latents, both[1])), s.samples, generator)  # (2B, N, A)
@@ -234,6 +236,26 @@ class Learner:
         metrics.update({"critic/value": value.mean(), "critic/observed": observed.mean(),
                         "critic/error": (value - observed).abs().mean(), "loss": loss})
         return loss, metrics
+
+    def choose(self, candidates, generator):
+        """A Batch of `pool` times too many transitions -> one of B, half of them by chance, half in proportion to their worth.
+
+        Worth, exp(focus * return), lies on a tenth of the data: weights alone left most of a batch without a say in
+        the policy's terms. What is over- or underrepresented is put right by the rest of the weight, 2 at the most;
+        the critic learns from the rows as they come.
+        """
+        candidates = candidates.to(self.device)
+        if self.pool == 1:
+            return candidates
+        task = candidates.task
+        observed = (candidates.return_to_go[:, 0] - self.low[task]) / self.range[task]
+        worth = data_weights(observed, task, len(self.low), self.settings.focus)  # (pool * B,)
+        odds = (1 + worth) / 2
+        candidates.worth = worth / odds
+        # Systematic sampling: places at equal distances along the summed odds, so that each task keeps its share.
+        B, sums = len(task) // self.pool, odds.cumsum(0)
+        places = (torch.arange(B, device=self.device) + torch.rand((), generator=generator, device=self.device)) / B
+        return candidates.take(torch.searchsorted(sums, places * sums[-1]).clamp(max=len(task) - 1))
 
     def follow_spread(self, q, task):
         """Keep the target's running average, by task, of Q's spread over a state's actions; q (B, N), task (B,)."""
@@ -392,7 +414,7 @@ def memory(config, settings, tasks, batch_size, recompute=False):
         batch = SimpleNamespace(
             obs=torch.empty(*steps, obs_dim), next_obs=torch.empty(*steps, obs_dim), action=torch.empty(*steps, action_dim),
             reward=torch.empty(steps), return_to_go=torch.empty(steps), valid=torch.empty(steps, dtype=torch.bool),
-            terminated=torch.empty(steps, dtype=torch.bool), task=torch.empty(batch_size, dtype=torch.long), alpha=None)
+            terminated=torch.empty(steps, dtype=torch.bool), task=torch.empty(batch_size, dtype=torch.long), alpha=None, worth=None)
 
     def saved(recompute):
         """Bytes that the forward pass keeps, weights apart; leaves the gradients."""

@@ -343,7 +343,7 @@ def train(config, settings, sources, run, resume=None, at=None):
     model_config = model_config_for(config, metas)
     learner = Learner(model_config, settings, metas, config.steps, config.device, config.seed, config.accumulate)
     learner.model.recompute = config.recompute
-    sampler = data.Sampler(**sources, batch_size=config.batch_size, steps=settings.n_step, top=settings.top,
+    sampler = data.Sampler(**sources, batch_size=config.batch_size * learner.pool, steps=settings.n_step, top=settings.top,
                            device=f"cuda:{LOCAL_RANK}" if config.device == "cuda" else config.device)
     learner.start_at(data.Sampler(**sources, batch_size=20_000).sample(
         random_streams(config.seed, config.steps, "cpu")[0]))
@@ -377,9 +377,9 @@ def train(config, settings, sources, run, resume=None, at=None):
     with log, tqdm(total=config.steps, initial=learner.updates, desc="train", unit="update", dynamic_ncols=True,
                    mininterval=0.1 if sys.stderr.isatty() else 30, disable=RANK > 0) as bar:
         while learner.updates < config.steps and not stopped:
-            batch, rng, generator = next(batches)
+            candidates, rng, generator = next(batches)
             try:
-                metrics = learner.update(batch, generator)
+                metrics = learner.update(learner.choose(candidates, generator), generator)
             except NonFinite as error:
                 raise RunError(f"{error} The update's rows and metrics are in {dump(run, config, learner, sampler, error)}; "
                                "the newest checkpoint is from before it") from None

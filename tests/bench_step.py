@@ -122,7 +122,7 @@ def plain_loss(self, batch, generator):
     low, span = self.low[task], self.range[task]
     observed = (batch.return_to_go[:, 0] - low) / span
     clone = -log_prob(policy, action[:, None], mask)[:, 0]
-    worth = data_weights(observed, task, len(self.low), s.focus)
+    worth = torch.ones_like(clone) if batch.worth is None else batch.worth
     if s.beta == 0:
         return (worth * clone).mean(), {"loss": (worth * clone).mean()}
     reward, bootstrap = n_step_return(batch, self.discount[task])
@@ -146,7 +146,7 @@ def plain_loss(self, batch, generator):
         gamma = bellman_target(next_probs, shift, bootstrap, observed, s.mc_share)
     latents = model.encode(obs, task)
     logits = model.v(latents) if s.critic == "v" else model.q(latents, action[:, None], task)[:, 0]
-    loss = (s.alpha * worth + (1 - s.alpha) * weight if s.critic == "v" else s.alpha * worth) * clone
+    loss = worth * (s.alpha + (1 - s.alpha) * weight if s.critic == "v" else s.alpha) * clone
     loss = loss - s.beta * (gamma * torch.log_softmax(logits, dim=-1)).sum(1)
     if s.critic == "q" and s.alpha < 1:
         loss = loss - (1 - s.alpha) * worth * (w * log_prob(policy, drawn[0], mask)).sum(1)
@@ -309,20 +309,21 @@ def contender(pipe, name, size, algo, batch_size, folder):
     if package:
         import_apart(package)
     tasks, settings = data.open_tasks(folder), settings_for(algo, warmup=0.0)
-    metas, sampler = data.merged_metas(tasks), data.Sampler(tasks, batch_size, settings.n_step)
+    metas, sampler = data.merged_metas(tasks), data.Sampler(tasks, batch_size * (settings.pool if settings.focus else 1), settings.n_step)
     config = config_for(size, [TaskSpec(m["name"], m["instruction"], m["obs_dim"], m["action_dim"]) for m in metas])
     batches = [sampler.sample(np.random.default_rng(seed)) for seed in range(STEPS)]
     learner, generator = Learner(config, settings, metas, 10_000), torch.Generator().manual_seed(0)
     learner.start_at(batches[0])
+    first = learner.choose(batches[0], torch.Generator().manual_seed(1))
     with torch.no_grad():  # the untrained policy head is too even to tell mistakes
         learner.target_model.policy_head[-1].weight.mul_(3)
     learner = change(learner)
-    pipe.send((loss_with_fixed_draws(learner, batches[0]) if same and change is not compiled else None,
+    pipe.send((loss_with_fixed_draws(learner, first) if same and change is not compiled else None,
                count_parameters(learner.model), flops_per_update(config, settings, batch_size)))
     while pipe.recv():
         began = time.process_time()
         for batch in batches:
-            learner.update(batch, generator)
+            learner.update(learner.choose(batch, generator), generator)
         pipe.send((time.process_time() - began) / STEPS)
 
 

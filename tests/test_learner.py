@@ -18,7 +18,7 @@ def make(metas, algo="pac", updates=400, **changes):
 def train(learner, sample, updates):
     for step in range(updates):
         generator = torch.Generator().manual_seed(step)
-        metrics = learner.update(sample(generator), generator)
+        metrics = learner.update(learner.choose(sample(generator), generator), generator)
     return metrics
 
 
@@ -64,13 +64,34 @@ def test_data_weights_by_hand():
     assert data_weights(merit, task, 2, focus=0.0).tolist() == [1.0, 1.0, 1.0]
 
 
+def test_the_chosen_rows_and_their_weights_stand_for_the_data_by_worth():
+    learner = make([meta("a"), meta("b")], focus=2.0, pool=8)
+    generator = torch.Generator().manual_seed(0)
+    observed, task = torch.rand(8 * 4096, generator=generator), torch.arange(8 * 4096) // (6 * 4096)  # the first has 3/4
+    chosen = learner.choose(batch([0.0] * len(task), [0.0] * len(task), observed.tolist(), task=task.tolist()), generator)
+    assert len(chosen.task) == 4096 and 0 < chosen.worth.min() and chosen.worth.max() <= 2
+    worth = data_weights(observed, task, 2, focus=2.0)
+    for t in (0, 1):
+        here = chosen.task == t
+        assert here.float().mean().item() == pytest.approx((0.75, 0.25)[t], abs=0.01)
+        kept = chosen.return_to_go[here, 0]
+        assert (chosen.worth[here] * kept).mean().item() == pytest.approx((worth * observed)[task == t].mean().item(), rel=0.03)
+        assert kept.mean() > 0.6  # half of the rows are of the better kind already
+
+
+def test_without_focus_a_batch_is_left_as_it_is():
+    learner = make([meta()], "bc")
+    made = batch([0.1, 0.2], [0.3, -0.3], [0.0, 1.0])
+    assert learner.pool == 1 and learner.choose(made, None).worth is None
+
+
 def test_focus_clones_what_went_well():
     """As in the bandit below, without a critic: the better arm's share of the weights grows from 0.3 to over 0.7."""
     learner = make([meta()], "bc", updates=300, focus=2.0)
 
     def sample(generator):
-        good = torch.rand(64, generator=generator) < 0.3
-        return batch([0.0] * 64, torch.where(good, 0.5, -0.5).tolist(), good.float().tolist())
+        good = torch.rand(8 * 64, generator=generator) < 0.3
+        return batch([0.0] * len(good), torch.where(good, 0.5, -0.5).tolist(), good.float().tolist())
 
     train(learner, sample, 300)
     task = torch.zeros(1, dtype=torch.long)
