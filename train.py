@@ -381,8 +381,8 @@ def train(config, settings, sources, run, resume=None, at=None):
             try:
                 metrics = learner.update(learner.choose(candidates, generator), generator)
             except NonFinite as error:
-                raise RunError(f"{error} The update's rows and metrics are in {dump(run, config, learner, sampler, error)}; "
-                               "the newest checkpoint is from before it") from None
+                raise RunError(f"{error} The rows that the update was made from, and its metrics, are in "
+                               f"{dump(run, config, learner, sampler, error)}; the newest checkpoint is from before it") from None
             step = learner.updates
             bar.update()
             # A signal that reached one rank stops all of them after the same update.

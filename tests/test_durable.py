@@ -301,14 +301,18 @@ def test_other_data_than_the_runs_is_refused(capsys, small_data, tmp_path):
 # ---------------------------------------------------------------- numbers that are not sound
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(capsys, small_data, tmp_path, monkeypatch):
-    seen, loss = [], train.Learner.loss
+    seen, loss, choose = [], train.Learner.loss, train.Learner.choose
+
+    def watched(learner, candidates, generator):
+        seen.append(candidates)
+        return choose(learner, candidates, generator)
 
     def broken(learner, batch, generator):
         value, metrics = loss(learner, batch, generator)
-        seen.append(batch)
         return (value * float("nan"), {**metrics, "loss": value * float("nan")}) if learner.updates == 15 else (value, metrics)
 
     monkeypatch.setattr(train.Learner, "loss", broken)
+    monkeypatch.setattr(train.Learner, "choose", watched)
     with pytest.raises(SystemExit) as stopped:
         run(small_data, tmp_path / "run")
     message = capsys.readouterr().err
@@ -317,12 +321,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(capsys, small
     report = json.loads((tmp_path / "run" / "nonfinite.json").read_text())
     assert report["update"] == 15 and report["metrics"]["policy/entropy"] > 0
     first = 0
-    for task in train.data.open_tasks(small_data):  # the rows named are those of the batch
+    for task in train.data.open_tasks(small_data):  # the rows named are those that the batch was chosen from
         rows = report["rows"][str(task.folder / "rows-000.bin")]
         dims = task.meta["obs_dim"]
         assert torch.equal(seen[15].obs[first:first + len(rows), 0, :dims], torch.from_numpy(task.shard(0)[rows, :dims]))
         first += len(rows)
-    assert first == 32
+    assert first == 32 * train.LossSettings().pool
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_update(learner):
