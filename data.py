@@ -85,12 +85,16 @@ class Batch:
     alpha: torch.Tensor = None
     worth: torch.Tensor = None
 
+    def map(self, function):
+        """The Batch of function(x) for each field x there is."""
+        return Batch(**{name: x if x is None else function(x) for name, x in vars(self).items()})
+
     def to(self, device):
-        return Batch(**{name: x if x is None else x.to(device, non_blocking=True) for name, x in vars(self).items()})
+        return self.map(lambda x: x.to(device, non_blocking=True))
 
     def take(self, rows):
         """The Batch of some rows; rows: indices (B',) or a slice."""
-        return Batch(**{name: x if x is None else x[rows] for name, x in vars(self).items()})
+        return self.map(lambda x: x[rows])
 
     def split(self, parts):
         """`parts` batches of equal size, each with every task's share."""

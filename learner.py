@@ -242,11 +242,16 @@ class Learner:
 
         Worth, exp(focus * return), lies on a tenth of the data: weights alone left most of a batch without a say in
         the policy's terms. What is over- or underrepresented is put right by the rest of the weight, 2 at the most;
-        the critic learns from the rows as they come.
+        the critic learns from the rows as they come. Ranks choose together, as one process would, and take a share each.
         """
         candidates = candidates.to(self.device)
         if self.pool == 1:
             return candidates
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        place = torch.rand((), generator=generator, device=self.device)
+        if ranks > 1:
+            candidates = candidates.map(of_all_ranks)
+            dist.broadcast(place, 0)
         task = candidates.task
         observed = (candidates.return_to_go[:, 0] - self.low[task]) / self.range[task]
         worth = data_weights(observed, task, len(self.low), self.settings.focus)  # (pool * B,)
@@ -254,7 +259,7 @@ class Learner:
         candidates.worth = worth / odds
         # Systematic sampling: places at equal distances along the summed odds, so that each task keeps its share.
         B, sums = len(task) // self.pool, odds.cumsum(0)
-        places = (torch.arange(B, device=self.device) + torch.rand((), generator=generator, device=self.device)) / B
+        places = (torch.arange(B, device=self.device) + place)[rank::ranks] / B
         return candidates.take(torch.searchsorted(sums, places * sums[-1]).clamp(max=len(task) - 1))
 
     def follow_spread(self, q, task):
@@ -321,6 +326,13 @@ def join(learner, shard):
         # An algorithm may leave a decoder unused: BC both critics, PAC that of V.
         learner.forward = DistributedDataParallel(both, find_unused_parameters=True, broadcast_buffers=False,
                                                   gradient_as_bucket_view=True)  # without, each gradient is there twice
+
+
+def of_all_ranks(x):
+    """x (B, ...) of each rank -> (ranks * B, ...), in one process's order: rank r has every ranks-th row, from the r-th on."""
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.stack(parts, dim=1).flatten(0, 1)
 
 
 class Both(nn.Module):
