@@ -170,7 +170,7 @@ class Learner:
             for task in batch.task.unique():
                 std, mean = torch.std_mean(obs[batch.task == task], dim=0)
                 model.obs_mean[task], model.obs_std[task] = mean, torch.where(std > 1e-6, std, 1)  # 1: a constant
-        observed = (batch.return_to_go[:, 0].to(self.device) - self.low[batch.task]) / self.range[batch.task]
+        observed = self.scale(batch.return_to_go[:, 0].to(self.device), batch.task)
         histogram = point_mass(observed, self.model.config.atoms).mean(0)  # (M,)
         bias = torch.log(0.99 * histogram + 0.01 / len(histogram))
         with torch.no_grad():
@@ -178,6 +178,10 @@ class Learner:
                 for head in (model.q_head[-1], model.v_head[-1]):
                     head.bias.copy_(bias)
                     head.weight.mul_(0.1)
+
+    def scale(self, returns, task):
+        """Returns (B,) as values, on [0, 1]."""
+        return (returns - self.low[task]) / self.range[task]
 
     def loss(self, batch, generator):
         """The whole loss of a batch -> (loss, metrics)."""
@@ -190,7 +194,7 @@ class Learner:
         policy = model.policy(latents, task)
         metrics = {"policy/entropy": mean_entropy(policy, action_mask)}
         low, span = self.low[task], self.range[task]
-        observed = (batch.return_to_go[:, 0] - low) / span
+        observed = self.scale(batch.return_to_go[:, 0], task)
         worth = 1.0 if batch.worth is None else batch.worth  # (B,), a transition's weight in the policy's terms
         weight = alpha * worth  # cloning's
         if s.beta == 0:
@@ -253,7 +257,7 @@ class Learner:
             candidates = candidates.map(of_all_ranks)
             dist.broadcast(place, 0)
         task = candidates.task
-        observed = (candidates.return_to_go[:, 0] - self.low[task]) / self.range[task]
+        observed = self.scale(candidates.return_to_go[:, 0], task)
         worth = data_weights(observed, task, len(self.low), self.settings.focus)  # (pool * B,)
         odds = (1 + worth) / 2
         candidates.worth = worth / odds
@@ -426,7 +430,8 @@ def memory(config, settings, tasks, batch_size, recompute=False):
         batch = SimpleNamespace(
             obs=torch.empty(*steps, obs_dim), next_obs=torch.empty(*steps, obs_dim), action=torch.empty(*steps, action_dim),
             reward=torch.empty(steps), return_to_go=torch.empty(steps), valid=torch.empty(steps, dtype=torch.bool),
-            terminated=torch.empty(steps, dtype=torch.bool), task=torch.empty(batch_size, dtype=torch.long), alpha=None, worth=None)
+            terminated=torch.empty(steps, dtype=torch.bool), task=torch.empty(batch_size, dtype=torch.long),
+            alpha=None, worth=None)
 
     def saved(recompute):
         """Bytes that the forward pass keeps, weights apart; leaves the gradients."""

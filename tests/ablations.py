@@ -158,13 +158,13 @@ def main():
                                      round(summary["iqm"], 4)])
         print(f"{name}: IQM {summary['iqm']:.3f}", flush=True)
 
-    done = set()
+    present = set()
     if TABLE.exists():
         with open(TABLE) as file:
-            done = {(row["data"], row["ablation"]) for row in csv.DictReader(file)}
+            present = {(row["data"], row["ablation"]) for row in csv.DictReader(file)}
     if not args.table:
         with ThreadPoolExecutor(args.workers) as pool:
-            for future in [pool.submit(job, name) for name in args.only if (args.part, name) not in done]:
+            for future in [pool.submit(job, name) for name in args.only if (args.part, name) not in present]:
                 future.result()
     table()
 

@@ -122,7 +122,7 @@ def plain_loss(self, batch, generator):
     low, span = self.low[task], self.range[task]
     observed = (batch.return_to_go[:, 0] - low) / span
     clone = -log_prob(policy, action[:, None], mask)[:, 0]
-    worth = torch.ones_like(clone) if batch.worth is None else batch.worth
+    worth = 1.0 if batch.worth is None else batch.worth
     if s.beta == 0:
         return (worth * clone).mean(), {"loss": (worth * clone).mean()}
     reward, bootstrap = n_step_return(batch, self.discount[task])
@@ -309,10 +309,11 @@ def contender(pipe, name, size, algo, batch_size, folder):
     if package:
         import_apart(package)
     tasks, settings = data.open_tasks(folder), settings_for(algo, warmup=0.0)
-    metas, sampler = data.merged_metas(tasks), data.Sampler(tasks, batch_size * (settings.pool if settings.focus else 1), settings.n_step)
+    metas = data.merged_metas(tasks)
     config = config_for(size, [TaskSpec(m["name"], m["instruction"], m["obs_dim"], m["action_dim"]) for m in metas])
-    batches = [sampler.sample(np.random.default_rng(seed)) for seed in range(STEPS)]
     learner, generator = Learner(config, settings, metas, 10_000), torch.Generator().manual_seed(0)
+    sampler = data.Sampler(tasks, batch_size * learner.pool, settings.n_step)
+    batches = [sampler.sample(np.random.default_rng(seed)) for seed in range(STEPS)]
     learner.start_at(batches[0])
     first = learner.choose(batches[0], torch.Generator().manual_seed(1))
     with torch.no_grad():  # the untrained policy head is too even to tell mistakes

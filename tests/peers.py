@@ -143,9 +143,9 @@ def main():
     parser.add_argument("--table", action="store_true", help="no runs: only the table and the figure")
     args = parser.parse_args()
     path = RESULTS / "study2.csv"
-    done = {(row["method"], row["seed"], row["task"]) for row in rows(path)}
+    present = {(row["method"], row["seed"], row["task"]) for row in rows(path)}
     jobs = [(method, seed, task, args.seconds) for seed in args.seeds for method in args.methods for task in TASKS
-            if (method, seed, task) not in done]
+            if (method, seed, task) not in present]
     if jobs and not args.table:
         print(f"{len(jobs)} runs, {args.workers} at a time: about {len(jobs) * (args.seconds + 15) / args.workers / 3600:.1f} hours")
         with get_context("spawn").Pool(args.workers, maxtasksperchild=1) as pool:

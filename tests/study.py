@@ -71,9 +71,9 @@ def make_data(number, group):
 
 def copy_levels(algos, seeds):
     """Study 3's tenth is study 1's `levels`: the same data, so the same runs."""
-    done = {(row["algo"], row["seed"]) for row in rows(RESULTS / "study3.csv") if row["expert_share"] == "0.1"}
+    present = {(row["algo"], row["seed"]) for row in rows(RESULTS / "study3.csv") if row["expert_share"] == "0.1"}
     for row in rows(RESULTS / "study1.csv"):
-        if row["part"] == "levels" and row["algo"] in algos and row["seed"] in seeds and (row["algo"], row["seed"]) not in done:
+        if row["part"] == "levels" and row["algo"] in algos and row["seed"] in seeds and (row["algo"], row["seed"]) not in present:
             append(3, [{**row, "expert_share": "0.1"}])
 
 
@@ -109,8 +109,8 @@ def run_all(number, groups, algos, seeds, workers, extra):
     study, lock = STUDIES[number], Lock()
     if number == 3 and "0.1" in groups:
         copy_levels(algos, seeds)
-    done = {(row[study.group], row["algo"], row["seed"]) for row in rows(RESULTS / f"study{number}.csv")}
-    jobs = [(group, algo, seed) for seed in seeds for group in groups for algo in algos if (group, algo, seed) not in done]
+    present = {(row[study.group], row["algo"], row["seed"]) for row in rows(RESULTS / f"study{number}.csv")}
+    jobs = [(group, algo, seed) for seed in seeds for group in groups for algo in algos if (group, algo, seed) not in present]
     print(f"{len(jobs)} runs, {workers} at a time: about {len(jobs) * MINUTES / workers / 60:.1f} hours")
     for group in {group: None for group, _, _ in jobs}:
         make_data(number, group)
