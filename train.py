@@ -263,6 +263,10 @@ def prepare(given, changes, resume):
         found = {path.name for path in Path(config.out).iterdir()} if Path(config.out).exists() else set()
         if RANK == 0 and found - {".lock", "checkpoints", "config.json.partial"}:
             raise RunError(f"{config.out} is in use: continue it with --resume {config.out}, or choose another --out")
+    counts = asdict(config) | asdict(settings)
+    for name in ("batch_size", "accumulate", "pool", "samples", "n_step"):
+        if counts[name] < 1:
+            raise RunError(f"--{name.replace('_', '-')} {counts[name]}: it has to be 1 at the least")
     if config.batch_size % (RANKS * config.accumulate):
         raise RunError(f"--batch-size {config.batch_size} cannot be divided among {RANKS} ranks "
                        f"in {config.accumulate} parts each")

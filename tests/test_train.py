@@ -105,6 +105,12 @@ def test_unknown_names_list_the_known(capsys, small_data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("flag", ["--batch-size", "--accumulate", "--pool", "--samples", "--n-step"])
+def test_a_count_below_one_is_refused(capsys, small_data, tmp_path, flag):
+    assert f"{flag} 0: it has to be 1 at the least" in refused(capsys, "--data", small_data, "--out", tmp_path / "run", flag, "0")
+    assert not (tmp_path / "run").exists()
+
+
 def test_missing_data_says_how_to_make_it(capsys, tmp_path):
     assert "python data.py build" in refused(capsys, "--data", tmp_path / "none", "--out", tmp_path / "run")
 
