@@ -63,9 +63,11 @@ def act(model, obs, task, how, eta=2.0, generator=None):
         components, bins = policy
         likeliest = bins[torch.arange(len(obs)), components.argmax(1)]  # (B, A, K)
         return (2 * likeliest.argmax(-1) + 1) / likeliest.shape[-1] - 1
+    count = {"sample": 1, "best": BEST_OF}.get(how, SAMPLES)
+    noise = torch.rand(len(obs), count, 1 + policy[1].shape[2], generator=generator, device=obs.device)
     if how == "sample":
-        return sample_actions(policy, 1, generator)[:, 0]
-    actions = sample_actions(sharpen(policy), BEST_OF if how == "best" else SAMPLES, generator)  # (B, N, A)
+        return sample_actions(policy, noise)[:, 0]
+    actions = sample_actions(sharpen(policy), noise)  # (B, N, A)
     q = model.expectation(model.q(latents, actions, task))  # (B, N)
     if how == "best":
         return actions[torch.arange(len(q)), q.argmax(1)]

@@ -155,9 +155,15 @@ class Learner:
     def make_optimizer(self):
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.settings.learning_rate, weight_decay=1e-4,
                                            fused=True)
-        for p in self.model.parameters():  # AdamW would make these at the first step; a checkpoint is read before it
+        self.weights, self.target_weights = list(self.model.parameters()), list(self.target_model.parameters())
+        for p in self.weights:  # AdamW would make these at the first step; a checkpoint is read before it
             self.optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
                                        "exp_avg_sq": torch.zeros_like(p)}
+
+    def compile(self):
+        """Compile the loss from now on: once for the warm-up and once for what follows."""
+        torch._dynamo.config.capture_scalar_outputs = True  # linear_of_task reads how many rows a task has
+        self.loss = self.forward = torch.compile(self.loss, dynamic=False)
 
     def start_at(self, batch):
         """Begin at the data: the scale of each task's observations, and the values' distribution.
@@ -183,12 +189,16 @@ class Learner:
         """Returns (B,) as values, on [0, 1]."""
         return (returns - self.low[task]) / self.range[task]
 
-    def loss(self, batch, generator):
-        """The whole loss of a batch -> (loss, metrics)."""
+    def noise(self, batch, generator):
+        """What actions of the target policy are drawn by, at a batch's states and n steps on: uniform (2B, N, 1 + A)."""
+        shape = 2 * len(batch.task), self.settings.samples, 1 + batch.action.shape[-1]
+        return torch.rand(shape, generator=generator, device=self.device)
+
+    def loss(self, batch, noise, warm):
+        """The whole loss of a batch -> (loss, metrics). `noise`: see above; warm: whether the warm-up goes on."""
         s, model, target = self.settings, self.model, self.target_model
         obs, action, task = batch.obs[:, 0], batch.action[:, 0], batch.task  # (B, O), (B, A), (B,)
         action_mask = model.action_mask[task]  # (B, A)
-        warm = self.updates < self.warmup_updates
         alpha = 1.0 if warm else s.alpha if batch.alpha is None else batch.alpha  # (B,) where the data's sources have their own
         latents = model.encode(obs, task)
         policy = model.policy(latents, task)
@@ -219,7 +229,7 @@ class Learner:
                     weight = weight + (1 - alpha) * worth * w
                     metrics["policy/ess"] = (1 / mean_per_task(w.square(), task, len(self.low))).mean()  # a share of the rows
                 else:
-                    actions = sample_actions(sharpen(target.policy(target_latents, both[1])), s.samples, generator)  # (2B, N, A)
+                    actions = sample_actions(sharpen(target.policy(target_latents, both[1])), noise)  # (2B, N, A)
                     value_probs = torch.softmax(target.q(target_latents, actions, both[1]), dim=-1)  # (2B, N, M)
                     q = target.mean_value(value_probs[:len(obs)])  # (B, N)
                     self.follow_spread(q, task)
@@ -275,14 +285,14 @@ class Learner:
         """One gradient step on a Batch -> metrics, 0-d tensors. Everything random is drawn from `generator`."""
         batch = batch.to(self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        parts = []
+        parts, warm = [], self.updates < self.warmup_updates
         for part in batch.split(self.accumulate):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-                loss, metrics = self.forward(part, generator)
+                loss, metrics = self.forward(part, self.noise(part, generator), warm)
             (loss / self.accumulate).backward()
             parts.append({name: value.detach() for name, value in metrics.items()})
         metrics = {name: torch.stack([part[name] for part in parts]).mean(0) for name in metrics}
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, self.settings.max_grad_norm)
         metrics["grad_norm"] = norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of all shards
         if not torch.isfinite(norm + metrics["loss"]):
             raise NonFinite(f"update {self.updates}: the loss is {metrics['loss'].item()} and its gradient's norm "
@@ -295,7 +305,7 @@ class Learner:
         # A young average would remember the random start for long: its rate begins at 1 and falls to target_rate.
         rate = max(self.settings.target_rate, 1 / self.updates)
         with torch.no_grad():  # else theta' would carry the graph of all updates so far
-            torch._foreach_lerp_(list(self.target_model.parameters()), list(self.model.parameters()), rate)
+            torch._foreach_lerp_(self.target_weights, self.weights, rate)
         return metrics
 
     def likely_cause(self, batch, metrics):
@@ -346,8 +356,8 @@ class Both(nn.Module):
         super().__init__()
         self.model, self.target_model, self.loss = learner.model, learner.target_model, learner.loss
 
-    def forward(self, batch, generator):
-        return self.loss(batch, generator)
+    def forward(self, batch, noise, warm):
+        return self.loss(batch, noise, warm)
 
 
 def whole(model):
@@ -446,7 +456,7 @@ def memory(config, settings, tasks, batch_size, recompute=False):
 
         learner.model.recompute = recompute
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            learner.loss(batch, None)[0].backward()
+            learner.loss(batch, learner.noise(batch, None), False)[0].backward()
         return sum(storage.nbytes() for storage in kept.values())
 
     size = lambda tensors: sum(tensor.nbytes for tensor in tensors)

@@ -89,6 +89,7 @@ class TrainConfig:
     log_every: int = option(50, "updates between lines of metrics.jsonl")
     threads: int = option(None, f"of the CPU (default: 1 for {' and '.join(ONE_THREAD)}, otherwise torch's choice)")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda; bf16 on cuda")
+    compile: bool = option(False, "the loss, by torch.compile: faster updates after a minute or two; needs a C++ compiler")
     accumulate: int = option(1, "work a batch off in so many parts, for less memory")
     recompute: bool = option(None, f"activations, for less memory and a third more work (default: for {', '.join(LARGE)})")
     shard: bool = option(None, f"the weights over the ranks: FSDP instead of DDP (default: for {', '.join(LARGE)})")
@@ -96,7 +97,7 @@ class TrainConfig:
 
 
 # On --resume: how, not what, is computed. Then the bits may differ; with `accumulate` also the statistics within a part.
-MAY_CHANGE = ("verify", "prefetch", "keep", "threads", "device", "accumulate", "recompute", "shard")
+MAY_CHANGE = ("verify", "prefetch", "keep", "threads", "device", "compile", "accumulate", "recompute", "shard")
 
 
 def parse_args(argv):
@@ -242,7 +243,7 @@ def prepare(given, changes, resume):
         stored = read_config(resume)
         before = stored["train"] | stored["settings"]
         for name, value in (given | changes).items():
-            if value != before[name] and name not in MAY_CHANGE:
+            if name not in MAY_CHANGE and value != before[name]:
                 raise RunError(f"{resume} was trained with {flag(name)} {before[name]}, not {value}: "
                                "resume without the flag, or start a new run")
         config, settings = TrainConfig(**stored["train"] | given), LossSettings(**stored["settings"])
@@ -270,6 +271,11 @@ def prepare(given, changes, resume):
     if config.batch_size % (RANKS * config.accumulate):
         raise RunError(f"--batch-size {config.batch_size} cannot be divided among {RANKS} ranks "
                        f"in {config.accumulate} parts each")
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if config.compile and not shutil.which(compiler):
+        raise RunError(f"--compile needs a C++ compiler, and there is no {compiler}: `apt install g++`, or name yours in CXX")
+    if config.compile and config.shard:
+        raise RunError("--compile and --shard do not go together: choose one")
     return config, settings
 
 
@@ -347,6 +353,8 @@ def train(config, settings, sources, run, resume=None, at=None):
     model_config = model_config_for(config, metas)
     learner = Learner(model_config, settings, metas, config.steps, config.device, config.seed, config.accumulate)
     learner.model.recompute = config.recompute
+    if config.compile:
+        learner.compile()
     sampler = data.Sampler(**sources, batch_size=config.batch_size * learner.pool, steps=settings.n_step, top=settings.top,
                            device=f"cuda:{LOCAL_RANK}" if config.device == "cuda" else config.device)
     learner.start_at(data.Sampler(**sources, batch_size=20_000).sample(

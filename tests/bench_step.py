@@ -28,7 +28,6 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-import learner as ours
 import model as parts
 from kernels.categorical_projection import bellman_target
 from learner import ALGORITHMS, Learner, data_weights, flops_per_update, mean_per_task, n_step_return, settings_for
@@ -41,11 +40,21 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # ---------------------------------------------------------------- the same mathematics, written plainly
 
-class PlainAttention(parts.Attention):
-    """Every sample has its own copy of the queries, and the scores are written out."""
+def copies(x, context, words, task):
+    """What samples share, a copy for each."""
+    if words is not None:
+        context = torch.cat([context, words[task]], dim=1)
+    if len(x) == 1:
+        return x.expand(len(context), -1, -1), context
+    return x if task is None else x[task], context
 
-    def forward(self, x, context=None, mask=None):
-        normed = self.norm(x.expand(len(x if context is None else context), -1, -1))
+
+class PlainAttention(parts.Attention):
+    """Every sample has its own copy of the queries and the words, and the scores are written out."""
+
+    def forward(self, x, context=None, words=None, task=None, mask=None):
+        x, context = copies(x, context, words, task)
+        normed = self.norm(x)
         k, v = self.to_kv(normed if context is None else self.context_norm(context)).chunk(2, dim=-1)
         q, k, v = self.split(self.to_q(normed)), self.split(k), self.split(v)
         scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
@@ -69,8 +78,9 @@ class ModuleAttention(parts.Attention):
             block.attention.out_proj.weight.copy_(block.out.weight)
         del block.to_q, block.to_kv, block.out
 
-    def forward(self, x, context=None, mask=None):
-        normed = self.norm(x.expand(len(x if context is None else context), -1, -1))
+    def forward(self, x, context=None, words=None, task=None, mask=None):
+        x, context = copies(x, context, words, task)
+        normed = self.norm(x)
         context = normed if context is None else self.context_norm(context)
         x = x + self.attention(normed, context, context, None if mask is None else ~mask, need_weights=False)[0]
         return x + self.mlp(x)
@@ -89,10 +99,10 @@ class PlainPerceiver(Perceiver):
     def inputs(self, obs, task):
         words = self.word_embedding(self.words[task]) + self.word_position
         tokens = plain_tokens(self.obs_encoder, (obs - self.obs_mean[task]) / self.obs_std[task], task)
-        return torch.cat([tokens, words], dim=1), self.input_mask[task]
+        return torch.cat([tokens, words], dim=1), None, self.input_mask[task]
 
     def policy(self, latents, task):
-        read = self.policy_decoder(self.policy_query[task], latents)
+        read = self.policy_decoder(self.policy_query, latents, task=task)
         bins = self.policy_head(read[:, 1:]).unflatten(2, (self.config.components, -1)).transpose(1, 2)
         return torch.log_softmax(self.component_head(read[:, 0]), dim=-1), torch.log_softmax(bins, dim=-1)
 
@@ -113,7 +123,7 @@ def categorical(policy, count, generator):
     return ((2 * index + 1) / K - 1).transpose(1, 2)
 
 
-def plain_loss(self, batch, generator):
+def plain_loss(self, batch, generator, warm=False):
     """The equation of learner.py term by term, each with its own passes."""
     s, model, target, task = self.settings, self.model, self.target_model, batch.task
     obs, action, next_obs = batch.obs[:, 0], batch.action[:, 0], batch.next_obs[:, -1]
@@ -209,12 +219,16 @@ def perceiver_pytorch(config):
     return trunk, lambda tokens, mask: trunk(tokens, mask=mask, return_embeddings=True)
 
 
+def all_tokens(tokens, words, mask, task):
+    return tokens if words is None else torch.cat([tokens, words[task]], dim=1), mask
+
+
 def with_trunk(learner, make):
     """Encode by another project's Perceiver; the tokens, the decoders and the loss stay as they are."""
     for model in (learner.model, learner.target_model):
         model.trunk, run = make(model.config)
         model.latents, model.encoder, model.blocks = None, None, None
-        model.encode = lambda obs, task, model=model, run=run: run(*model.inputs(obs, task))
+        model.encode = lambda obs, task, model=model, run=run: run(*all_tokens(*model.inputs(obs, task), task))
         model.requires_grad_(model is learner.model)
     if learner.update.__func__ is Learner.update:
         learner.make_optimizer()
@@ -242,16 +256,16 @@ def autocast(learner):
     """bf16 products, fp32 weights."""
     loss = learner.forward
 
-    def forward(batch, generator):
+    def forward(*args):
         with torch.autocast("cpu", torch.bfloat16):
-            return loss(batch, generator)
+            return loss(*args)
 
     learner.forward = forward
     return learner
 
 
 def compiled(learner):
-    learner.forward = torch.compile(learner.forward)
+    learner.compile()
     return learner
 
 
@@ -269,23 +283,12 @@ CONTENDERS = {  # name: what it makes of a Learner, whether its mathematics is o
 }
 
 
-def same_draws(policy, count, _):
-    """Draws by the same random numbers at every state, whatever the order of the calls."""
-    rows = [parts_sample((policy[0][i:i + 1], policy[1][i:i + 1]), count, torch.Generator().manual_seed(0)) for i in range(len(policy[0]))]
-    return torch.cat(rows)
-
-
-parts_sample = parts.sample_actions
-
-
 def loss_with_fixed_draws(learner, batch):
-    """The loss of an untouched copy: equal mathematics give an equal one."""
-    learner, before = copy.deepcopy(learner), ours.sample_actions
-    ours.sample_actions = learner.draw = same_draws
-    try:
-        return learner.loss(batch, None)[0].item()
-    finally:
-        ours.sample_actions = before
+    """The loss of an untouched copy, by the same random numbers at every state: equal mathematics give an equal one."""
+    learner = copy.deepcopy(learner)
+    noise = learner.noise(batch, torch.Generator().manual_seed(0))[:1].expand(2 * len(batch.task), -1, -1)
+    learner.draw = lambda policy, *_: parts.sample_actions(policy, noise[:len(policy[0])])
+    return learner.loss(batch, noise, False)[0].item()
 
 
 def matrix_rate(size=1024):

@@ -298,6 +298,19 @@ def test_plain_attention_is_the_written_out_softmax(dtype, tolerance):
                 torch.testing.assert_close(out[b, h, i].double(), expected, atol=tolerance, rtol=0)
 
 
+@pytest.mark.parametrize("len_q, len_k", [(1, 8), (3, 24), (4, 1), (8, 19), (8, 25)])  # on either side of attention_short's
+def test_plain_attention_is_the_reference(len_q, len_k):
+    inputs, mask = attention_inputs(len_q, len_k, 16)
+    for padding in (None, mask):
+        results = []
+        for function in (attention_plain, attention_reference):
+            copies = [tensor.double().requires_grad_() for tensor in inputs]
+            out = function(*copies, padding)
+            results.append([out, *torch.autograd.grad(out.sin().sum(), copies)])
+        for one, other in zip(*results):
+            torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-10)
+
+
 @pytest.mark.parametrize("function", [attention_plain, attention_reference])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_a_sample_without_keys_gives_zeros_in_plain_pytorch(function, dtype):

@@ -1,6 +1,8 @@
 """The losses against hand-computed numbers, and small problems whose answer is known."""
 
+import copy
 import math
+import shutil
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 from learner import (ALGORITHMS, Learner, cloning_loss, data_weights, flops_per_update, improvement_loss,
                      improvement_weights, n_step_return, schedule, settings_for)
 from model import TaskSpec, config_for, sample_actions
+from tests.bench_step import plainly
 from tests.conftest import batch, meta, tiny
 
 
@@ -20,6 +23,11 @@ def train(learner, sample, updates):
         generator = torch.Generator().manual_seed(step)
         metrics = learner.update(learner.choose(sample(generator), generator), generator)
     return metrics
+
+
+def loss_of(learner, made):
+    """The loss after the warm-up, by fixed draws."""
+    return learner.loss(made, learner.noise(made, torch.Generator().manual_seed(0)), False)[0]
 
 
 # ---------------------------------------------------------------- n-step returns
@@ -96,7 +104,7 @@ def test_focus_clones_what_went_well():
     train(learner, sample, 300)
     task = torch.zeros(1, dtype=torch.long)
     policy = learner.target_model.policy(learner.target_model.encode(torch.zeros(1, 1), task), task)
-    assert (sample_actions(policy, 1000) > 0).float().mean() > 0.7
+    assert (sample_actions(policy, torch.rand(1, 1000, 2)) > 0).float().mean() > 0.7
 
 
 def test_the_spread_of_q_is_each_tasks_running_average():
@@ -166,9 +174,47 @@ def test_bandit_pac_finds_the_better_arm_and_bc_does_not(algo, finds):
 
     train(learner, sample, 400)
     model, task = learner.target_model, torch.zeros(1, dtype=torch.long)
-    actions = sample_actions(model.policy(model.encode(torch.zeros(1, 1), task), task), 1000)
+    actions = sample_actions(model.policy(model.encode(torch.zeros(1, 1), task), task), torch.rand(1, 1000, 2))
     better = (actions > 0).float().mean().item()
     assert (better > 0.7) if finds else (abs(better - 0.3) < 0.1)
+
+
+def two_tasks(algo):
+    """A learner of two tasks that differ in all their widths, a batch of both, and the same noise for every row of it."""
+    metas = [{**meta("a", 3, 2), "instruction": "go"}, {**meta("b", 2, 3), "instruction": "stand still"}, meta("absent", 4, 1)]
+    learner, numbers = make(metas, algo, warmup=0.0), torch.Generator().manual_seed(0)
+    made = batch(*(torch.rand(24, width, generator=numbers).tolist() for width in (4, 3, 1)), terminated=False, task=[0, 1, 1] * 8)
+    with torch.no_grad():
+        learner.target_model.policy_head[-1].weight.mul_(3)
+    return learner, made, learner.noise(made, numbers)[:1].expand(48, -1, -1)
+
+
+def assert_same_gradient(one, other, made, noise):
+    losses = [learner.loss(made, noise, False)[0] for learner in (one, other)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    for (name, parameter), same in zip(one.model.named_parameters(), other.model.parameters(), strict=True):
+        absent = [torch.zeros_like(parameter) if p.grad is None else p.grad for p in (parameter, same)]
+        torch.testing.assert_close(*absent, atol=1e-5, rtol=1e-3, msg=lambda text: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_what_is_shared_between_samples_changes_nothing(algo):
+    """The benchmark's plain version of the loss gives each sample its own copies, and takes every term by itself."""
+    learner, made, noise = two_tasks(algo)
+    plain = plainly(copy.deepcopy(learner))
+    plain.draw = lambda policy, *_: sample_actions(policy, noise[:24])
+    assert_same_gradient(learner, plain, made, noise)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_loss_is_the_same():
+    learner, made, noise = two_tasks("pac")
+    compiled = copy.deepcopy(learner)
+    compiled.compile()
+    assert_same_gradient(learner, compiled, made, noise)
 
 
 @pytest.mark.parametrize("algo", ["pac", "pacv"])
@@ -178,10 +224,10 @@ def test_alpha_by_source_weighs_each_sample(algo):
 
     def loss(alpha):
         made.alpha = alpha if alpha is None else torch.tensor(alpha)
-        return learner.loss(made, torch.Generator().manual_seed(0))[0].item()
+        return loss_of(learner, made).item()
 
     assert loss([0.5, 0.5]) == pytest.approx(loss(None))
-    assert loss([1.0, 1.0]) == pytest.approx(make([meta()], algo, warmup=0.0, alpha=1.0).loss(made, torch.Generator())[0].item())
+    assert loss([1.0, 1.0]) == pytest.approx(loss_of(make([meta()], algo, warmup=0.0, alpha=1.0), made).item())
     # The loss is linear in each sample's alpha, and the samples differ.
     assert loss([1.0, 0.0]) + loss([0.0, 1.0]) == pytest.approx(loss([1.0, 1.0]) + loss([0.0, 0.0]))
     assert loss([1.0, 0.0]) != pytest.approx(loss([0.0, 1.0]), rel=1e-3)
@@ -214,9 +260,9 @@ def test_bf16_autocast_gives_the_loss_and_values_in_full_precision(algo):
     """As on a GPU, where training is in bf16: it runs, its loss is close, and values differ by less than bf16 resolves."""
     learner = make([meta()], algo, warmup=0.0)
     made = batch([0.1, -0.4, 0.3, 0.2], [0.3, -0.3, 0.1, 0.0], [0.0, 1.0, 0.5, 0.2])
-    exact = learner.loss(made, torch.Generator().manual_seed(0))[0]
+    exact = loss_of(learner, made)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = learner.loss(made, torch.Generator().manual_seed(0))[0]
+        loss = loss_of(learner, made)
         probs = torch.softmax(torch.stack([torch.zeros(101), 1e-3 * torch.arange(101)]), dim=-1)
         low, high = learner.model.mean_value(probs)
     loss.backward()

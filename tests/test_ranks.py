@@ -51,10 +51,9 @@ def assert_same_log(one, other):
         assert a == pytest.approx(b, rel=2e-3, abs=1e-4)
 
 
-def same_draws(policy, count, generator):
+def same_draws(policy, noise):
     """sample_actions, by the same random numbers at every state, so that it does not matter which rank has the state."""
-    return torch.cat([sample_actions((components[None], bins[None]), count, torch.Generator().manual_seed(0))
-                      for components, bins in zip(*policy)])
+    return sample_actions(policy, torch.rand(1, *noise.shape[1:], generator=torch.Generator().manual_seed(0)).expand_as(noise))
 
 
 # With the warm-up shorter, half of the updates are PAC's own: improvement, and a bootstrapped critic.
@@ -183,7 +182,7 @@ def test_memory_is_what_an_update_really_takes():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss, _ = learner.loss(rows, torch.Generator().manual_seed(0))
+        loss, _ = learner.loss(rows, learner.noise(rows, None), False)
     for parameter in learner.model.parameters():
         kept.pop(parameter.untyped_storage().data_ptr(), None)
     assert 1 / 2 < sum(kept.values()) / need["activations"] < 2
