@@ -370,49 +370,50 @@ class Sampler:
         self.tasks, self.batch_size, self.steps, self.device = tasks, batch_size, steps, torch.device(device)
         weights = np.ones(len(tasks)) if weights is None else np.array(weights, float)
         names = list(dict.fromkeys(task.name for task in tasks))
-        self.task = np.array([names.index(task.name) for task in tasks])
-        self.alpha = None if alphas is None else np.array(alphas, np.float32)
+        shards = [len(task.maps) for task in tasks]  # each is one of `places`
+        self.task = np.repeat([names.index(task.name) for task in tasks], shards)
+        self.alpha = None if alphas is None else np.repeat(np.array(alphas, np.float32), shards)
         self.obs_dim = max(task.meta["obs_dim"] for task in tasks)
         self.action_dim = max(task.meta["action_dim"] for task in tasks)
         padded = any(task.width < self.obs_dim + self.action_dim + 3 for task in tasks)
         self.new_rows = np.zeros if padded else np.empty  # what has no padding is written whole
-        begin, length, counts, self.places = [], [], [], []
-        for task in tasks:
+        begin, length, chances, counts, self.places = [], [], [], [], []
+        for task, weight in zip(tasks, weights / weights.sum()):
             keep = max(1, round(top * len(task.episodes)))
             best = np.sort(np.argsort(-task.episodes["score"], kind="stable")[:keep]) if top < 1 else slice(None)
             episodes = task.episodes[best]
             shard = np.searchsorted(task.first, episodes["start"], "right") - 1
             begin.append(episodes["start"] - task.first[shard]), length.append(episodes["length"])
-            counts += np.bincount(shard, episodes["length"], len(task.maps)).astype(int).tolist()
+            chances.append(weight * length[-1] / length[-1].sum())
+            counts.append(np.bincount(shard, minlength=len(task.maps)))
             low, high = (np.array(task.meta[key], np.float32) for key in ("action_low", "action_high"))
             scale = (low + high) / 2, np.where(high > low, (high - low) / 2, np.float32(1))  # a constant action becomes 0
             scale = None if (low == -1).all() and (high == 1).all() else scale  # to scale is a fifth of the work
-            self.places += [(len(begin) - 1, task, k, scale) for k in range(len(task.maps))]
-        # The transitions of all sources are numbered one behind another, up to `sizes`, drawn with the chances `odds`
-        # (both summed up), up to `bounds` those of the shards, to `ends` those of the episodes; `offset` leads from a
-        # transition of an episode to its row in its shard.
-        self.sizes = np.cumsum([0, *(x.sum() for x in length)])
-        self.odds = np.cumsum([0, *weights]) / weights.sum()
-        self.bounds = np.cumsum([0, *counts])
-        length = np.concatenate(length)
-        self.ends = np.cumsum(length)
-        self.offset = np.concatenate(begin) - (self.ends - length)
+            self.places += [(task, k, scale) for k in range(len(task.maps))]
+        # Of each episode of all sources: its first row in its shard, its length, and the interval of [0, 1) that draws it,
+        # with its transitions' density there. `guide`: at equal distances in [0, 1], which episode's interval it is.
+        self.begin, self.length, chances = (np.concatenate(x) for x in (begin, length, chances))
+        self.ends, self.density = np.cumsum(chances), self.length / np.maximum(chances, np.finfo(float).tiny)
+        self.starts, self.ends[-1] = self.ends - chances, np.inf
+        self.guide = np.searchsorted(self.ends, np.linspace(0, 1, 4 * len(chances) + 1), "right")
+        self.bounds = np.cumsum([0, *np.concatenate(counts)])  # the first episode of each shard
 
-    def draw(self, rng):
-        """The first transitions (B,) of a batch's windows, numbered over all sources.
+    def draw(self, rng, rank=0, ranks=1):
+        """The windows of a batch: their first rows in their shards (B,), how many transitions their episodes have from
+        there on (B,), and which of the windows are the first of each of `places` (places + 1,).
 
         In order, so that those of one shard are together, and memory is read forwards: sums of exponential
         numbers, divided by the last, are uniform numbers sorted.
         """
         sums = np.cumsum(rng.standard_exponential(self.batch_size + 1))
-        uniform = sums[:-1] / sums[-1]
-        return np.minimum(np.interp(uniform, self.odds, self.sizes).astype(np.int64), self.sizes[-1] - 1)
-
-    def locate(self, transition):
-        """Transitions (B,) -> their rows in their shards (B,), and their episodes' final rows (B,)."""
-        episode = np.searchsorted(self.ends, transition, "right")
-        offset = self.offset[episode]
-        return transition + offset, self.ends[episode] + offset
+        uniform = sums[rank:-1:ranks] / sums[-1]
+        episode = self.guide[(uniform * (len(self.guide) - 1)).astype(np.int64)]  # or one soon after it
+        while (past := uniform >= self.ends[episode]).any():
+            episode += past
+        length = self.length[episode]
+        step = ((uniform - self.starts[episode]) * self.density[episode]).astype(np.int64)
+        np.minimum(step, length - 1, out=step)  # it may be rounded up to the end
+        return self.begin[episode] + step, length - step, np.searchsorted(episode, self.bounds)
 
     def sample(self, rng, rank=0, ranks=1):
         """One Batch; everything random comes from `rng`, a numpy Generator.
@@ -420,15 +421,15 @@ class Sampler:
         Of several ranks with the same `rng`, each reads its own share of the windows of one and the same batch.
         """
         T, O, A = self.steps, self.obs_dim, self.action_dim
-        transition = self.draw(rng)[rank::ranks]
-        begin, final = self.locate(transition)
-        index = begin[:, None] + np.arange(T + 1)  # (B, T+1)
-        np.minimum(index, final[:, None], out=index)  # past its end a window stays on the episode's final row
-        cuts = np.searchsorted(transition, self.bounds)
-        source, rows = np.empty(len(transition), int), self.new_rows((len(transition), T + 1, O + A + 3), np.float32)
-        for place in np.flatnonzero(np.diff(cuts)):
+        begin, left, cuts = self.draw(rng, rank, ranks)
+        index = np.empty((len(begin), T + 1), np.int64)
+        for t in range(T + 1):  # past its end a window stays on the episode's final row
+            np.add(begin, np.minimum(left, t), out=index[:, t])
+        rows = self.new_rows((len(begin), T + 1, O + A + 3), np.float32)
+        counts = cuts[1:] - cuts[:-1]
+        for place in counts.nonzero()[0].tolist():
             part = slice(cuts[place], cuts[place + 1])
-            source[part], task, shard, scale = self.places[place]
+            task, shard, scale = self.places[place]
             wide, obs_dim, action_dim = task.width == rows.shape[2], task.meta["obs_dim"], task.meta["action_dim"]
             # mode: "raise" would gather to a copy first
             read = np.take(task.shard(shard), index[part], axis=0, out=rows[part] if wide else None, mode="clip")
@@ -438,14 +439,16 @@ class Sampler:
             if scale:
                 action = rows[part, :, O:O + action_dim]
                 np.clip((action - scale[0]) / scale[1], -1, 1, out=action)
-        task, alpha = self.task[source], None if self.alpha is None else torch.from_numpy(self.alpha[source])
+        task, alpha = (x if x is None else np.repeat(x, counts) for x in (self.task, self.alpha))
+        tensor = torch.from_numpy
         if self.device.type == "cuda":  # one copy, which the GPU makes beside its work
             rows, task = (torch.from_numpy(x).pin_memory().to(self.device, non_blocking=True) for x in (rows, task))
+            tensor = lambda x: x
         now, flag = rows[:, :-1], rows[:, :-1, -1] * 1  # a copy: three comparisons follow
         views = dict(obs=now[..., :O], next_obs=rows[:, 1:, :O], action=now[..., O:-3], reward=now[..., -3],
                      return_to_go=now[..., -2], terminated=flag == TERMINATED, truncated=flag == TRUNCATED,
                      valid=flag != FINAL_OBS, task=task)
-        return Batch(**{name: torch.as_tensor(x) for name, x in views.items()}, alpha=alpha)
+        return Batch(**{name: tensor(x) for name, x in views.items()}, alpha=None if alpha is None else torch.from_numpy(alpha))
 
 
 # ---------------------------------------------------------------- the command line

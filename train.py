@@ -452,10 +452,9 @@ def finish(run, config, settings, target, metas, how):
 
 def dump(run, config, learner, sampler, error):
     """Write run/nonfinite.json, what one needs to make a failed update again, and return its path."""
-    transition = sampler.draw(random_streams(config.seed, learner.updates, "cpu")[0])
-    place, begin = np.searchsorted(sampler.bounds, transition, "right") - 1, sampler.locate(transition)[0]
-    rows = {str(data.shard_path(task.folder, shard)): begin[place == number].tolist()
-            for number, (_, task, shard, _) in enumerate(sampler.places)}
+    begin, _, cuts = sampler.draw(random_streams(config.seed, learner.updates, "cpu")[0])
+    rows = {str(data.shard_path(task.folder, shard)): begin[first:last].tolist()
+            for (task, shard, _), first, last in zip(sampler.places, cuts, cuts[1:])}
     path = run / "nonfinite.json"
     if RANK == 0:
         write_whole(path, json.dumps({"update": learner.updates, "seed": config.seed, "message": str(error),
