@@ -43,10 +43,10 @@ def action_as_token():
 
     def q(self, latents, action, task):
         B, N, _ = action.shape
-        tokens, mask = self.inputs(self.obs, task)  # (B, I, W), (B, I)
-        tokens = torch.cat([tokens[:, None].expand(-1, N, -1, -1), self.action_encoder(action, task)], dim=2).flatten(0, 1)
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1).repeat_interleave(N, 0)
-        latents = self.encoder(self.latents, tokens, mask)
+        tokens, words, mask = self.inputs(self.obs, task)  # (B, obs_tokens, W), (tasks, J, W), (B, I)
+        tokens = torch.cat([self.action_encoder(action, task), tokens[:, None].expand(-1, N, -1, -1)], dim=2).flatten(0, 1)
+        mask = torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1).repeat_interleave(N, 0)
+        latents = self.encoder(self.latents, tokens, words, task.repeat_interleave(N), mask)
         for block in self.blocks:
             latents = block(latents)
         return self.q_head(self.q_decoder(self.v_query, latents)).view(B, N, -1).float()

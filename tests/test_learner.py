@@ -10,8 +10,10 @@ import torch
 from learner import (ALGORITHMS, Learner, cloning_loss, data_weights, flops_per_update, improvement_loss,
                      improvement_weights, n_step_return, schedule, settings_for)
 from model import TaskSpec, config_for, sample_actions
+from tests.ablations import ABLATIONS
 from tests.bench_step import plainly
-from tests.conftest import batch, meta, tiny
+from tests.conftest import batch, meta, spec, tiny
+from tests.test_durable import in_child
 
 
 def make(metas, algo="pac", updates=400, **changes):
@@ -179,10 +181,11 @@ def test_bandit_pac_finds_the_better_arm_and_bc_does_not(algo, finds):
     assert (better > 0.7) if finds else (abs(better - 0.3) < 0.1)
 
 
-def two_tasks(algo):
+def two_tasks(algo, size="tiny"):
     """A learner of two tasks that differ in all their widths, a batch of both, and the same noise for every row of it."""
     metas = [{**meta("a", 3, 2), "instruction": "go"}, {**meta("b", 2, 3), "instruction": "stand still"}, meta("absent", 4, 1)]
-    learner, numbers = make(metas, algo, warmup=0.0), torch.Generator().manual_seed(0)
+    learner = Learner(config_for(size, list(map(spec, metas))), settings_for(algo, warmup=0.0), metas, 400)
+    numbers = torch.Generator().manual_seed(0)
     made = batch(*(torch.rand(24, width, generator=numbers).tolist() for width in (4, 3, 1)), terminated=False, task=[0, 1, 1] * 8)
     with torch.no_grad():
         learner.target_model.policy_head[-1].weight.mul_(3)
@@ -206,6 +209,24 @@ def test_what_is_shared_between_samples_changes_nothing(algo):
     plain = plainly(copy.deepcopy(learner))
     plain.draw = lambda policy, *_: sample_actions(policy, noise[:24])
     assert_same_gradient(learner, plain, made, noise)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, changes, _) in ABLATIONS.items() if changes])
+def test_each_ablation_changes_the_loss_and_trains(name):
+    def started():
+        learner, made, noise = two_tasks("pac", "small")
+        learner.start_at(made)
+        return learner, made, learner.loss(made, noise, False)[0].item()
+
+    def changed():
+        for change in ABLATIONS[name][1]:
+            change()
+        learner, made, loss = started()
+        assert abs(loss - before) > 1e-3
+        assert learner.update(made, torch.Generator().manual_seed(0))["loss"].isfinite()
+
+    before = started()[2]
+    assert in_child(changed) == 0
 
 
 @pytest.mark.slow
