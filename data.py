@@ -405,7 +405,7 @@ class Sampler:
         In order, so that those of one shard are together, and memory is read forwards: sums of exponential
         numbers, divided by the last, are uniform numbers sorted.
         """
-        sums = np.cumsum(rng.standard_exponential(self.batch_size + 1))
+        sums = rng.standard_exponential(self.batch_size + 1).cumsum()
         uniform = sums[rank:-1:ranks] / sums[-1]
         episode = self.guide[(uniform * (len(self.guide) - 1)).astype(np.int64)]  # or one soon after it
         while (past := uniform >= self.ends[episode]).any():
@@ -413,7 +413,7 @@ class Sampler:
         length = self.length[episode]
         step = ((uniform - self.starts[episode]) * self.density[episode]).astype(np.int64)
         np.minimum(step, length - 1, out=step)  # it may be rounded up to the end
-        return self.begin[episode] + step, length - step, np.searchsorted(episode, self.bounds)
+        return self.begin[episode] + step, length - step, episode.searchsorted(self.bounds)
 
     def sample(self, rng, rank=0, ranks=1):
         """One Batch; everything random comes from `rng`, a numpy Generator.
@@ -432,14 +432,14 @@ class Sampler:
             task, shard, scale = self.places[place]
             wide, obs_dim, action_dim = task.width == rows.shape[2], task.meta["obs_dim"], task.meta["action_dim"]
             # mode: "raise" would gather to a copy first
-            read = np.take(task.shard(shard), index[part], axis=0, out=rows[part] if wide else None, mode="clip")
+            read = task.shard(shard).take(index[part], axis=0, out=rows[part] if wide else None, mode="clip")
             if not wide:  # the columns move apart
                 rows[part, :, :obs_dim] = read[..., :obs_dim]
                 rows[part, :, O:O + action_dim], rows[part, :, -3:] = read[..., obs_dim:-3], read[..., -3:]
             if scale:
                 action = rows[part, :, O:O + action_dim]
                 np.clip((action - scale[0]) / scale[1], -1, 1, out=action)
-        task, alpha = (x if x is None else np.repeat(x, counts) for x in (self.task, self.alpha))
+        task, alpha = (x if x is None else x.repeat(counts) for x in (self.task, self.alpha))
         tensor = torch.from_numpy
         if self.device.type == "cuda":  # one copy, which the GPU makes beside its work
             rows, task = (torch.from_numpy(x).pin_memory().to(self.device, non_blocking=True) for x in (rows, task))
