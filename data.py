@@ -66,28 +66,32 @@ class Episode:
 
 @dataclass
 class Batch:
-    """Windows of T steps from several tasks, padded to the widest. Actions are in [-1, 1].
+    """Windows of T steps from several tasks, padded to the widest: `rows` (B, T+1, O + A + 3) as on disk, save that actions
+    are in [-1, 1]. Its fields are views of them:
 
-    obs, next_obs (B, T, obs); action (B, T, A); reward, return_to_go (B, T);
-    terminated, truncated, valid (B, T) bool; task (B,) int64, an index into the list of tasks; alpha (B,), the
-    weight of cloning, if the data's sources have their own; worth (B,), the weight in the policy's terms, if the learner
-    chose the rows. Steps after an episode's end are not `valid`: zero reward, and its final observation again.
+    obs, next_obs (B, T, O); action (B, T, A); reward, return_to_go (B, T); terminated, truncated, valid (B, T) bool.
+    Steps after an episode's end are not `valid`: zero reward, and its final observation again.
+    Beside them: task (B,) int64, an index into the list of tasks; alpha (B,), the weight of cloning, if the data's sources
+    have their own; worth (B,), the weight in the policy's terms, if the learner chose the rows.
     """
-    obs: torch.Tensor
-    action: torch.Tensor
-    reward: torch.Tensor
-    return_to_go: torch.Tensor
-    terminated: torch.Tensor
-    truncated: torch.Tensor
-    valid: torch.Tensor
-    next_obs: torch.Tensor
+    rows: torch.Tensor
+    obs_dim: int  # O
     task: torch.Tensor
     alpha: torch.Tensor = None
     worth: torch.Tensor = None
 
+    obs = property(lambda self: self.rows[:, :-1, :self.obs_dim])
+    next_obs = property(lambda self: self.rows[:, 1:, :self.obs_dim])
+    action = property(lambda self: self.rows[:, :-1, self.obs_dim:-3])
+    reward = property(lambda self: self.rows[:, :-1, -3])
+    return_to_go = property(lambda self: self.rows[:, :-1, -2])
+    terminated = property(lambda self: self.rows[:, :-1, -1] == TERMINATED)
+    truncated = property(lambda self: self.rows[:, :-1, -1] == TRUNCATED)
+    valid = property(lambda self: self.rows[:, :-1, -1] != FINAL_OBS)
+
     def map(self, function):
-        """The Batch of function(x) for each field x there is."""
-        return Batch(**{name: x if x is None else function(x) for name, x in vars(self).items()})
+        """The Batch of function(x) for each tensor x there is."""
+        return Batch(**{name: function(x) if isinstance(x, torch.Tensor) else x for name, x in vars(self).items()})
 
     def to(self, device):
         return self.map(lambda x: x.to(device, non_blocking=True))
@@ -439,16 +443,11 @@ class Sampler:
             if scale:
                 action = rows[part, :, O:O + action_dim]
                 np.clip((action - scale[0]) / scale[1], -1, 1, out=action)
-        task, alpha = (x if x is None else x.repeat(counts) for x in (self.task, self.alpha))
-        tensor = torch.from_numpy
-        if self.device.type == "cuda":  # one copy, which the GPU makes beside its work
-            rows, task = (torch.from_numpy(x).pin_memory().to(self.device, non_blocking=True) for x in (rows, task))
-            tensor = lambda x: x
-        now, flag = rows[:, :-1], rows[:, :-1, -1] * 1  # a copy: three comparisons follow
-        views = dict(obs=now[..., :O], next_obs=rows[:, 1:, :O], action=now[..., O:-3], reward=now[..., -3],
-                     return_to_go=now[..., -2], terminated=flag == TERMINATED, truncated=flag == TRUNCATED,
-                     valid=flag != FINAL_OBS, task=task)
-        return Batch(**{name: tensor(x) for name, x in views.items()}, alpha=None if alpha is None else torch.from_numpy(alpha))
+        rows, task, alpha = (x if x is None else torch.from_numpy(x) for x in (
+            rows, self.task.repeat(counts), None if self.alpha is None else self.alpha.repeat(counts)))
+        if self.device.type == "cuda":  # copies that the GPU makes beside its work
+            rows, task = (x.pin_memory().to(self.device, non_blocking=True) for x in (rows, task))
+        return Batch(rows, O, task, alpha)
 
 
 # ---------------------------------------------------------------- the command line

@@ -311,7 +311,7 @@ class Learner:
     def likely_cause(self, batch, metrics):
         """Why an update may have failed, and what to do."""
         finite = lambda x: (x.to_local() if hasattr(x, "to_local") else x).isfinite().all()
-        fields = [name for name, value in vars(batch).items() if value is not None and not finite(value)]
+        fields = [name for name in ("obs", "action", "reward", "return_to_go", "next_obs") if not finite(getattr(batch, name))]
         if fields:
             return f"The batch's {', '.join(fields)} has a number that is not finite: `python data.py verify` names it"
         weights = [name for name, parameter in self.model.named_parameters() if not finite(parameter)]

@@ -39,13 +39,12 @@ def tiny(metas):
 def batch(obs, action, reward, next_obs=None, terminated=True, return_to_go=None, task=None):
     """A Batch of single steps from lists of numbers or of vectors."""
     column = lambda x: torch.tensor(np.array(x), dtype=torch.float32).reshape(len(obs), 1, -1)  # (B, 1, ...)
-    reward = column(reward)[..., 0]
-    terminated = torch.tensor(terminated).expand(len(obs)).reshape(-1, 1)
-    return data.Batch(obs=column(obs), action=column(action), reward=reward,
-                      return_to_go=reward if return_to_go is None else column(return_to_go)[..., 0],
-                      terminated=terminated, truncated=torch.zeros_like(terminated),
-                      valid=torch.ones_like(terminated), next_obs=column(obs if next_obs is None else next_obs),
-                      task=torch.zeros(len(obs), dtype=torch.long) if task is None else torch.tensor(task))
+    now = torch.cat([column(x) for x in (obs, action, reward, reward if return_to_go is None else return_to_go,
+                                         np.broadcast_to(terminated, len(obs)) * data.TERMINATED)], dim=-1)
+    after = torch.zeros_like(now)
+    after[..., :column(obs).shape[-1]], after[..., -1] = column(obs if next_obs is None else next_obs), data.FINAL_OBS
+    return data.Batch(torch.cat([now, after], dim=1), column(obs).shape[-1],
+                      torch.zeros(len(obs), dtype=torch.long) if task is None else torch.tensor(task))
 
 
 def write_task(folder, lengths, obs_dim=2, action_dim=1, terminated=False, env_id="Reacher-v5"):

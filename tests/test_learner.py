@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+from data import FINAL_OBS, Batch
 from learner import (ALGORITHMS, Learner, cloning_loss, data_weights, flops_per_update, improvement_loss,
                      improvement_weights, n_step_return, schedule, settings_for)
 from model import TaskSpec, config_for, sample_actions
@@ -36,12 +37,9 @@ def loss_of(learner, made):
 
 def windows(reward, terminated, valid):
     """A Batch of one window of several steps."""
-    made = batch([0.0] * len(reward), [0.0] * len(reward), reward, terminated=terminated)
-    for name in ("obs", "action", "reward", "terminated", "truncated", "next_obs"):
-        value = getattr(made, name)
-        setattr(made, name, value.reshape(1, len(reward), *value.shape[2:]))
-    made.valid = torch.tensor([valid])
-    return made
+    steps = batch([0.0] * len(reward), [0.0] * len(reward), reward, terminated=terminated)
+    steps.rows[~torch.tensor(valid), 0, -1] = FINAL_OBS
+    return Batch(torch.cat([steps.rows[:, 0], steps.rows[-1:, 1]])[None], steps.obs_dim, steps.task[:1])
 
 
 @pytest.mark.parametrize("terminated, valid, reward, bootstrap", [
