@@ -394,12 +394,15 @@ class Sampler:
             scale = (low + high) / 2, np.where(high > low, (high - low) / 2, np.float32(1))  # a constant action becomes 0
             scale = None if (low == -1).all() and (high == 1).all() else scale  # to scale is a fifth of the work
             self.places += [(task, k, scale) for k in range(len(task.maps))]
-        # Of each episode of all sources: its first row in its shard, its length, and the interval of [0, 1) that draws it,
-        # with its transitions' density there. `guide`: at equal distances in [0, 1], which episode's interval it is.
-        self.begin, self.length, chances = (np.concatenate(x) for x in (begin, length, chances))
-        self.ends, self.density = np.cumsum(chances), self.length / np.maximum(chances, np.finfo(float).tiny)
-        self.starts, self.ends[-1] = self.ends - chances, np.inf
+        # Of each episode of all sources: its final row in its shard, where the interval of [0, 1] that draws it ends, and
+        # how dense its transitions are there: a millionth of one less, so that no rounding leads out at its start.
+        begin, length, chances = (np.concatenate(x) for x in (begin, length, chances))
+        self.final, self.ends = begin + length, np.cumsum(chances)
+        self.ends[self.ends == self.ends[-1]] = 1 + 1e-15
+        self.density = (length - 1e-6) / np.maximum(chances, 1e-100)
+        # At equal distances in [0, 1], which episode's interval it is, and how many end between two such places at the most.
         self.guide = np.searchsorted(self.ends, np.linspace(0, 1, 4 * len(chances) + 1), "right")
+        self.most = np.diff(self.guide).max()
         self.bounds = np.cumsum([0, *np.concatenate(counts)])  # the first episode of each shard
 
     def draw(self, rng, rank=0, ranks=1):
@@ -412,12 +415,13 @@ class Sampler:
         sums = rng.standard_exponential(self.batch_size + 1).cumsum()
         uniform = sums[rank:-1:ranks] / sums[-1]
         episode = self.guide[(uniform * (len(self.guide) - 1)).astype(np.int64)]  # or one soon after it
-        while (past := uniform >= self.ends[episode]).any():
+        for _ in range(self.most):
+            past = uniform >= self.ends[episode]
+            if not past.any():
+                break
             episode += past
-        length = self.length[episode]
-        step = ((uniform - self.starts[episode]) * self.density[episode]).astype(np.int64)
-        np.minimum(step, length - 1, out=step)  # it may be rounded up to the end
-        return self.begin[episode] + step, length - step, episode.searchsorted(self.bounds)
+        left = np.ceil((self.ends[episode] - uniform) * self.density[episode]).astype(np.int64)
+        return self.final[episode] - left, left, episode.searchsorted(self.bounds)
 
     def sample(self, rng, rank=0, ranks=1):
         """One Batch; everything random comes from `rng`, a numpy Generator.
@@ -427,8 +431,8 @@ class Sampler:
         T, O, A = self.steps, self.obs_dim, self.action_dim
         begin, left, cuts = self.draw(rng, rank, ranks)
         index = np.empty((len(begin), T + 1), np.int64)
-        for t in range(T + 1):  # past its end a window stays on the episode's final row
-            np.add(begin, np.minimum(left, t), out=index[:, t])
+        for t in range(T + 1):  # past its end a window stays on the episode's final row; one is always left
+            np.add(begin, np.minimum(left, t) if t > 1 else t, out=index[:, t])
         rows = self.new_rows((len(begin), T + 1, O + A + 3), np.float32)
         counts = cuts[1:] - cuts[:-1]
         for place in counts.nonzero()[0].tolist():
