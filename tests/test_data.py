@@ -189,6 +189,28 @@ def test_sources_have_weights_and_alphas_and_share_their_tasks(tmp_path):
     assert (batch.obs[batch.alpha < 0.15][..., 1] < 5).all() and (batch.obs[batch.alpha > 0.25][..., 1] > 5).any()
 
 
+@pytest.mark.parametrize("weights, drawn", [([0, 1, 2], {1, 2}), ([1, 0, 0], {0}), ([0, 1, 0], {1})])
+def test_what_has_no_weight_is_not_drawn(tmp_path, weights, drawn):
+    tasks = [write_task(tmp_path / name, [1, 3, 1]) for name in "abc"]
+    assert set(data.Sampler(tasks, 1000, weights=weights).sample(rng()).task.tolist()) == drawn
+
+
+def test_every_draw_is_a_transition_at_the_ends_of_its_episodes_interval_too(tmp_path):
+    """The numbers drawn are put on all the intervals' ends, and next to them."""
+    sampler = data.Sampler([write_task(tmp_path / "a", [1, 7, 2, 1, 1, 1, 300, 1, 5])], 100, 3, weights=[3])
+    ends = np.array([0, *np.cumsum([1, 7, 2, 1, 1, 1, 300, 1, 5])]) / 319
+
+    class Numbers:
+        def standard_exponential(self, _):
+            points = np.concatenate([np.nextafter(ends[1:], 0), ends, np.nextafter(ends[:-1], 1)])
+            return np.diff(np.sort(points), prepend=0)
+
+    begin, left, _ = sampler.draw(Numbers())
+    first = sampler.final - np.array([1, 7, 2, 1, 1, 1, 300, 1, 5])
+    episode = np.searchsorted(first, begin, "right") - 1
+    assert (left >= 1).all() and (begin + left == sampler.final[episode]).all() and set(episode) == set(range(9))
+
+
 def test_sources_of_a_task_must_agree(tmp_path):
     tasks = [write_task(tmp_path / "one" / "a", [5]), write_task(tmp_path / "two" / "a", [9], obs_dim=3)]
     with pytest.raises(data.DataError, match="two/a/meta.json: obs_dim is 3, but 2 in another source"):
