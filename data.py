@@ -420,7 +420,7 @@ class Sampler:
             if not past.any():
                 break
             episode += past
-        left = np.ceil((self.ends[episode] - uniform) * self.density[episode]).astype(np.int64)
+        left = ((self.ends[episode] - uniform) * self.density[episode]).astype(np.int64) + 1
         return self.final[episode] - left, left, episode.searchsorted(self.bounds)
 
     def sample(self, rng, rank=0, ranks=1):
