@@ -365,7 +365,7 @@ def whole(model):
     state = model.state_dict()
     if not any(hasattr(value, "full_tensor") for value in state.values()):
         return model
-    state = {name: value.full_tensor() for name, value in state.items()}
+    state = {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in state.items()}
     if dist.get_rank() == 0:
         copy = Perceiver(model.config).to(next(iter(state.values())).device)
         copy.load_state_dict(state)
