@@ -102,6 +102,16 @@ def test_dimensions_of_a_sample_come_from_one_component():
     assert both.item() == pytest.approx(0.75) and mixed.item() == 0
 
 
+def test_within_a_component_dimensions_are_independent_of_it_and_of_each_other():
+    policy = mixture(*[(0.5, [[0.5, 0.5], [0.5, 0.5]])] * 2)
+    noise = torch.rand(1, 40_000, 3, generator=torch.Generator().manual_seed(0))
+    high = sample_actions(policy, noise)[0] > 0  # (N, 2)
+    for choice in (noise[0, :, 0] < 0.5, noise[0, :, 0] >= 0.5):  # the component
+        shares = torch.stack([(high[choice] == torch.tensor(pair)).all(1).float().mean() for pair in
+                              ([False, False], [False, True], [True, False], [True, True])])
+        torch.testing.assert_close(shares, torch.full((4,), 0.25), atol=0.02, rtol=0)
+
+
 def test_bins_hold_their_own_centres_and_the_box_ends():
     centres = (2 * torch.arange(51) + 1) / 51 - 1
     assert (to_bins(centres, 51) == torch.arange(51)).all()
