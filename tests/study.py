@@ -211,6 +211,7 @@ def figure3(study, table, path):
     import matplotlib.pyplot as plt
 
     figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    seeds = len({row["seed"] for row in table})
     for number, algo in enumerate(study.algos):
         groups = [group for group in study.data if any(row["expert_share"] == group and row["algo"] == algo for row in table)]
         if not groups:
@@ -221,7 +222,8 @@ def figure3(study, table, path):
         ax.errorbar(places + 0.05 * number, centre, yerr=[centre - bounds[:, 0], bounds[:, 1] - centre],
                     fmt=MARKERS[algo] + "-", capsize=3, color=plt.cm.viridis(0.7 * number), label=algo)
     ax.set_xticks(range(len(study.data)), [f"{float(group):.0%}" for group in study.data])
-    ax.set_xlabel("share of expert steps in the data"), ax.set_ylabel("IQM of normalised scores, 95% interval over seeds")
+    ax.set_xlabel("share of expert steps in the data")
+    ax.set_ylabel("IQM of normalised scores, " + ("95% interval over seeds" if seeds > 1 else "one seed"))
     ax.legend(frameon=False)
     figure.savefig(path, dpi=130)
 
