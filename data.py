@@ -29,6 +29,7 @@ import sys
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import gymnasium
@@ -44,6 +45,7 @@ except ImportError:  # Windows
 FORMAT = 2
 DEFAULT_DATA = Path("datasets")
 SHARD_BYTES = 1 << 30  # a shard is closed before it grows beyond this
+AT_ONCE_BYTES = 3 << 20  # batches smaller than this are made several at once
 TERMINATED, TRUNCATED, FINAL_OBS = 1, 2, 4  # a row's flag; 0 is an ordinary step
 EPISODE = np.dtype([("start", "<i8"), ("length", "<i8"), ("score", "<f8"), ("checksum", "<i8")])
 
@@ -374,14 +376,13 @@ class Sampler:
         self.batch_size, self.steps, self.device = batch_size, steps, torch.device(device)
         weights = np.ones(len(tasks)) if weights is None else np.array(weights, float)
         names = list(dict.fromkeys(task.name for task in tasks))
-        shards = [len(task.maps) for task in tasks]  # each is one of `places`
-        self.task = np.repeat([names.index(task.name) for task in tasks], shards)
-        self.alpha = None if alphas is None else np.repeat(np.array(alphas, np.float32), shards)
         self.obs_dim = max(task.meta["obs_dim"] for task in tasks)
         self.action_dim = max(task.meta["action_dim"] for task in tasks)
-        padded = any(task.width < self.obs_dim + self.action_dim + 3 for task in tasks)
+        self.width = self.obs_dim + self.action_dim + 3
+        padded = any(task.width < self.width for task in tasks)
         self.new_rows = np.zeros if padded else np.empty  # what has no padding is written whole
-        begin, length, chances, counts, self.places = [], [], [], [], []
+        self.at_once = max(1, AT_ONCE_BYTES // (batch_size * (steps + 1) * self.width * 4))  # batches
+        begin, length, chances, place, self.places = [], [], [], [], []
         for task, weight in zip(tasks, weights / weights.sum()):
             keep = max(1, round(top * len(task.episodes)))
             best = np.sort(np.argsort(-task.episodes["score"], kind="stable")[:keep]) if top < 1 else slice(None)
@@ -389,56 +390,71 @@ class Sampler:
             shard = np.searchsorted(task.first, episodes["start"], "right") - 1
             begin.append(episodes["start"] - task.first[shard]), length.append(episodes["length"])
             chances.append(weight * length[-1] / length[-1].sum())
-            counts.append(np.bincount(shard, minlength=len(task.maps)))
+            place.append(len(self.places) + shard)
             low, high = (np.array(task.meta[key], np.float32) for key in ("action_low", "action_high"))
             scale = (low + high) / 2, np.where(high > low, (high - low) / 2, np.float32(1))  # a constant action becomes 0
             scale = None if (low == -1).all() and (high == 1).all() else scale  # to scale is a fifth of the work
             self.places += [(task, k, scale) for k in range(len(task.maps))]
-        # Of each episode of all sources: its final row in its shard, where the interval of [0, 1] that draws it ends, and
-        # how dense its transitions are there: a millionth of one less, so that no rounding leads out at its start.
-        begin, length, chances = (np.concatenate(x) for x in (begin, length, chances))
+        shards = [len(task.maps) for task in tasks]
+        self.task = np.repeat([names.index(task.name) for task in tasks], shards)  # of each of `places`
+        self.alpha = None if alphas is None else np.repeat(np.array(alphas, np.float32), shards)
+        # Of each episode of all sources: which of `places` it is in, its final row there, where the interval of [0, 1]
+        # that draws it ends, and how dense its transitions are in that: a millionth of one less, so that no rounding
+        # leads out at its start.
+        begin, length, chances, self.place = (np.concatenate(x) for x in (begin, length, chances, place))
         self.final, self.ends = begin + length, np.cumsum(chances)
         self.ends[self.ends == self.ends[-1]] = 1 + 1e-15
         self.density = (length - 1e-6) / np.maximum(chances, 1e-100)
         # At equal distances in [0, 1], which episode's interval it is, and how many end between two such places at the most.
         self.guide = np.searchsorted(self.ends, np.linspace(0, 1, 4 * len(chances) + 1), "right")
         self.most = np.diff(self.guide).max()
-        self.bounds = np.cumsum([0, *np.concatenate(counts)])  # the first episode of each shard
 
-    def draw(self, rng, rank=0, ranks=1):
-        """The windows of a batch: their first rows in their shards (B,), how many transitions their episodes have from
-        there on (B,), and which of the windows are the first of each of `places` (places + 1,).
+    def draw(self, rngs, rank=0, ranks=1):
+        """The windows of a batch for each of `rngs`, one batch after the other: which episodes they are of, their first
+        rows in their shards, and how many transitions their episodes have from there on; each (len(rngs) * B,).
 
-        In order, so that those of one shard are together, and memory is read forwards: sums of exponential
-        numbers, divided by the last, are uniform numbers sorted.
+        A batch is stratified: of each of B equal parts of [0, 1] it has one number (Schaul et al. 2016, appendix B.2.1).
+        So they are in order: those of one shard are together, and memory is read forwards.
         """
-        sums = rng.standard_exponential(self.batch_size + 1).cumsum()
-        uniform = sums[rank:-1:ranks] / sums[-1]
-        episode = self.guide[(uniform * (len(self.guide) - 1)).astype(np.int64)]  # or one soon after it
+        uniform = np.empty((len(rngs), self.batch_size))
+        for rng, numbers in zip(rngs, uniform):
+            rng.random(out=numbers)
+        uniform = ((uniform + np.arange(self.batch_size)) / self.batch_size)[:, rank::ranks].ravel()
+        episode = self.guide.take((uniform * (len(self.guide) - 1)).astype(np.int64))  # or one soon after it
         for _ in range(self.most):
-            past = uniform >= self.ends[episode]
+            past = uniform >= self.ends.take(episode)
             if not past.any():
                 break
             episode += past
-        left = ((self.ends[episode] - uniform) * self.density[episode]).astype(np.int64) + 1
-        return self.final[episode] - left, left, episode.searchsorted(self.bounds)
+        left = ((self.ends.take(episode) - uniform) * self.density.take(episode)).astype(np.int64) + 1
+        return episode, self.final.take(episode) - left, left
 
     def sample(self, rng, rank=0, ranks=1):
         """One Batch; everything random comes from `rng`, a numpy Generator.
 
         Of several ranks with the same `rng`, each reads its own share of the windows of one and the same batch.
         """
-        T, O, A = self.steps, self.obs_dim, self.action_dim
-        begin, left, cuts = self.draw(rng, rank, ranks)
+        return self.sample_each([rng], rank, ranks)[0]
+
+    def batches(self, rngs, rank=0, ranks=1):
+        """Yield sample(rng, rank, ranks) for each of `rngs`; small batches are made several at once, in half the time."""
+        rngs = iter(rngs)
+        while some := list(islice(rngs, self.at_once)):
+            yield from self.sample_each(some, rank, ranks)
+
+    def sample_each(self, rngs, rank, ranks):
+        T, O = self.steps, self.obs_dim
+        episode, begin, left = self.draw(rngs, rank, ranks)
         index = np.empty((len(begin), T + 1), np.int64)
         for t in range(T + 1):  # past its end a window stays on the episode's final row; one is always left
             np.add(begin, np.minimum(left, t) if t > 1 else t, out=index[:, t])
-        rows = self.new_rows((len(begin), T + 1, O + A + 3), np.float32)
-        counts = cuts[1:] - cuts[:-1]
-        for place in counts.nonzero()[0].tolist():
-            part = slice(cuts[place], cuts[place + 1])
-            task, shard, scale = self.places[place]
-            wide, obs_dim, action_dim = task.width == rows.shape[2], task.meta["obs_dim"], task.meta["action_dim"]
+        rows = self.new_rows((len(begin), T + 1, self.width), np.float32)
+        place = self.place.take(episode)
+        cuts = np.concatenate([[0], np.flatnonzero(place[1:] != place[:-1]) + 1, [len(place)]])
+        place, counts, cuts = place[cuts[:-1]], np.diff(cuts), cuts.tolist()
+        for k, part in zip(place.tolist(), map(slice, cuts, cuts[1:])):  # one gather for each shard of a batch
+            task, shard, scale = self.places[k]
+            wide, obs_dim, action_dim = task.width == self.width, task.meta["obs_dim"], task.meta["action_dim"]
             # mode: "raise" would gather to a copy first
             read = task.shard(shard).take(index[part], axis=0, out=rows[part] if wide else None, mode="clip")
             if not wide:  # the columns move apart
@@ -447,11 +463,11 @@ class Sampler:
             if scale:
                 action = rows[part, :, O:O + action_dim]
                 np.clip((action - scale[0]) / scale[1], -1, 1, out=action)
-        rows, task, alpha = (x if x is None else torch.from_numpy(x) for x in (
-            rows, self.task.repeat(counts), None if self.alpha is None else self.alpha.repeat(counts)))
+        made = [rows] + [x[place].repeat(counts) for x in (self.task, self.alpha) if x is not None]
+        made = [torch.from_numpy(x).unflatten(0, (len(rngs), -1)) for x in made]
         if self.device.type == "cuda":  # copies that the GPU makes beside its work
-            rows, task = (x.pin_memory().to(self.device, non_blocking=True) for x in (rows, task))
-        return Batch(rows, O, task, alpha)
+            made = [x.pin_memory().to(self.device, non_blocking=True) for x in made]
+        return [Batch(rows, O, *others) for rows, *others in zip(*made)]
 
 
 # ---------------------------------------------------------------- the command line

@@ -28,7 +28,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
-from itertools import islice
 from pathlib import Path
 from typing import get_args
 
@@ -170,17 +169,12 @@ def over_ranks(values, device, operation=dist.ReduceOp.SUM):
     return values.tolist()
 
 
-def drawn(draw, first, last, ahead):
-    """draw(step) for the steps from `first` to `last`, in order; with `ahead`, that many early, by one thread."""
-    if not ahead:
-        yield from map(draw, range(first, last))
-        return
+def made_ahead(batches, count):
+    """What the generator `batches` yields, in order, made up to `count` early by one thread."""
     with ThreadPoolExecutor(1) as thread:
-        steps = iter(range(first, last))
-        waiting = deque(thread.submit(draw, step) for step in islice(steps, ahead))
-        while waiting:
-            batch = waiting.popleft().result()  # what failed in the thread is raised here
-            waiting.extend(thread.submit(draw, step) for step in islice(steps, 1))
+        waiting = deque(thread.submit(next, batches, None) for _ in range(count))
+        while (batch := waiting.popleft().result()) is not None:  # what failed in the thread is raised here
+            waiting.append(thread.submit(next, batches, None))
             yield batch
 
 
@@ -378,18 +372,17 @@ def train(config, settings, sources, run, resume=None, at=None):
     stop, stopped = [], 0
     for name in (signal.SIGINT, signal.SIGTERM):  # finish the update in hand, save, leave; a second one kills at once
         signal.signal(name, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
-    def draw(step):
-        rng, generator = random_streams(config.seed, step, config.device)
-        return sampler.sample(rng, RANK, RANKS), rng, generator
-
-    batches = drawn(draw, learner.updates, config.steps, ahead=2 if config.prefetch else 0)
+    batches = sampler.batches((random_streams(config.seed, step, "cpu")[0] for step in range(learner.updates, config.steps)),
+                              RANK, RANKS)
+    if config.prefetch:
+        batches = made_ahead(batches, 2)
     how, warnings = default_act(asdict(settings)), dict(WARNINGS)
     began = time.time() - keep_lines(run / "metrics.jsonl", learner.updates)
     log = open(run / "metrics.jsonl" if RANK == 0 else os.devnull, "a")
     with log, tqdm(total=config.steps, initial=learner.updates, desc="train", unit="update", dynamic_ncols=True,
                    mininterval=0.1 if sys.stderr.isatty() else 30, disable=RANK > 0) as bar:
         while learner.updates < config.steps and not stopped:
-            candidates, rng, generator = next(batches)
+            candidates, (_, generator) = next(batches), random_streams(config.seed, learner.updates, config.device)
             try:
                 metrics = learner.update(learner.choose(candidates, generator), generator)
             except NonFinite as error:
@@ -414,7 +407,7 @@ def train(config, settings, sources, run, resume=None, at=None):
                     summary = evaluate(target, metas, config.eval_episodes, config.seed, how, settings.eta)
                     line |= {f"eval/{name}/score": row["score"] for name, row in summary["tasks"].items()}
                     line["eval/iqm"], line["eval/failed"] = summary["iqm"], len(summary["failed"])
-                    batch = sampler.sample(rng).to(learner.device)
+                    batch = candidates.to(learner.device)
                     line["model/attention_entropy"] = target.attention_entropy(batch.obs[:, 0], batch.task).item()
                     bar.write(f"update {step}: IQM {summary['iqm']:.3f}   " + "  ".join(
                         f"{name.split('-')[0]} {row['score']:.2f}" for name, row in summary["tasks"].items())
@@ -452,9 +445,9 @@ def finish(run, config, settings, target, metas, how):
 
 def dump(run, config, learner, sampler, error):
     """Write run/nonfinite.json, what one needs to make a failed update again, and return its path."""
-    begin, _, cuts = sampler.draw(random_streams(config.seed, learner.updates, "cpu")[0])
-    rows = {str(data.shard_path(task.folder, shard)): begin[first:last].tolist()
-            for (task, shard, _), first, last in zip(sampler.places, cuts, cuts[1:])}
+    episode, begin, _ = sampler.draw([random_streams(config.seed, learner.updates, "cpu")[0]])
+    rows = {str(data.shard_path(task.folder, shard)): begin[sampler.place[episode] == place].tolist()
+            for place, (task, shard, _) in enumerate(sampler.places)}
     path = run / "nonfinite.json"
     if RANK == 0:
         write_whole(path, json.dumps({"update": learner.updates, "seed": config.seed, "message": str(error),

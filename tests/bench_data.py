@@ -9,6 +9,7 @@ time with nothing in the page cache. Other projects' loaders need `pip install t
 in an environment of their own; those that are missing are named.
 """
 
+import itertools
 import json
 import os
 import platform
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 
 import data
+from train import keep_memory
 
 OBS, ACTION, LENGTH = 17, 6, 1000  # HalfCheetah's
 BATCHES, STEPS = (256, 4096), (1, 5)
@@ -68,8 +70,8 @@ def ours(task):
 
     def draw(batch, steps):
         if (batch, steps) not in samplers:
-            samplers[batch, steps] = data.Sampler([task], batch, steps)
-        return samplers[batch, steps].sample(rng)
+            samplers[batch, steps] = data.Sampler([task], batch, steps).batches(itertools.repeat(rng))  # as train.py does
+        return next(samplers[batch, steps])
 
     return draw
 
@@ -149,17 +151,20 @@ LOOPS = ("d3rlpy", "h5py, flat", "Minari sample_episodes")
 
 # ---------------------------------------------------------------- measuring
 
-def rate(draw, batch, steps, seconds, clock=time.process_time):
-    """Transitions a second: the best of three stretches."""
-    draw(batch, steps)
-    rates = []
-    for _ in range(3):
-        began, count = clock(), 0
-        while clock() - began < seconds / 3:
-            draw(batch, steps)
-            count += 1
-        rates.append(count * batch * steps / (clock() - began))
-    return max(rates)
+def rates(draws, batch, steps, seconds, rounds=5, clock=time.process_time):
+    """Transitions a second of each of `draws`: the best of some stretches, taken in turn, for the machine is not always as fast."""
+    best = {}
+    for name, draw in draws.items():
+        draw(batch, steps)  # to warm up
+        best[name] = 0
+    for _ in range(rounds):
+        for name, draw in draws.items():
+            began, count = clock(), 0
+            while clock() - began < seconds / rounds:
+                draw(batch, steps)
+                count += 1
+            best[name] = max(best[name], count * batch * steps / (clock() - began))
+    return best
 
 
 def cold_rate(task, batch, steps, draws=20):
@@ -189,27 +194,26 @@ def measure(folder, sizes, seconds, names):
         data.Sampler([task], 256, 5)
         opening[transitions] = round(time.process_time() - began, 4)
         task.verify()  # warm: every page is in the cache, and mapped
-        base = {}
+        draws = {}
         for name in names:
             if name in LOOPS and transitions > SLOW or name == "np.take, memory" and transitions > 5_000_000:
                 continue
             try:
-                draw = SOURCES[name](task)
+                draws[name] = SOURCES[name](task)
             except ImportError as error:
                 missing[name] = str(error)
-                continue
-            for batch in BATCHES[:1] if name.startswith("Minari") else BATCHES:  # Minari's 4096 take seconds a draw
-                for steps in STEPS:
-                    row = {"source": name, "transitions": transitions, "batch": batch, "steps": steps,
-                           "rate": round(rate(draw, batch, steps, seconds))}
-                    if name == "np.take, memory":
-                        base[batch, steps] = row["rate"]
-                    if base:
-                        row["ratio"] = round(row["rate"] / base[batch, steps], 3)
+        for batch in BATCHES:
+            for steps in STEPS:
+                found = rates({name: draw for name, draw in draws.items() if batch == BATCHES[0] or not name.startswith("Minari")},
+                              batch, steps, seconds)  # Minari's 4096 take seconds a draw
+                for name, value in found.items():
+                    row = {"source": name, "transitions": transitions, "batch": batch, "steps": steps, "rate": round(value)}
+                    if "np.take, memory" in found:
+                        row["ratio"] = round(value / found["np.take, memory"], 3)
                     rows.append(row)
                     print(f"{transitions:>11,} {batch:>5} x {steps}  {name:<24} {row['rate'] / 1e6:>8.3f}M  {row.get('ratio', ''):>6}",
                           flush=True)
-            del draw
+        draws.clear()
         task = None  # its maps keep pages in the cache
         for batch in BATCHES:
             for steps in STEPS:
@@ -230,6 +234,7 @@ def add_arguments(parser):
 
 def bench_data(args):
     torch.set_num_threads(1)
+    keep_memory()  # as in training, for every source
     with tempfile.TemporaryDirectory() as temporary:
         result = measure(args.folder or temporary, SIZES + (50_000_000,) * args.large, args.seconds, args.sources)
     result = {"command": "python -m tests.bench data", "date": str(date.today()), "machine": f"{platform.processor() or platform.machine()}, "

@@ -1,6 +1,7 @@
 """What is written is what is read; windows stay inside episodes; damage is named; nothing is half believed."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -197,18 +198,18 @@ def test_what_has_no_weight_is_not_drawn(tmp_path, weights, drawn):
 
 def test_every_draw_is_a_transition_at_the_ends_of_its_episodes_interval_too(tmp_path):
     """The numbers drawn are put on all the intervals' ends, and next to them."""
-    sampler = data.Sampler([write_task(tmp_path / "a", [1, 7, 2, 1, 1, 1, 300, 1, 5])], 100, 3, weights=[3])
+    sampler = data.Sampler([write_task(tmp_path / "a", [1, 7, 2, 1, 1, 1, 300, 1, 5])], 1, 3, weights=[3])
     ends = np.array([0, *np.cumsum([1, 7, 2, 1, 1, 1, 300, 1, 5])]) / 319
 
-    class Numbers:
-        def standard_exponential(self, _):
-            points = np.concatenate([np.nextafter(ends[1:], 0), ends, np.nextafter(ends[:-1], 1)])
-            return np.diff(np.sort(points), prepend=0)
+    points = np.concatenate([np.nextafter(ends[1:], 0), ends, np.nextafter(ends[:-1], 1)])
 
-    begin, left, _ = sampler.draw(Numbers())
+    class Numbers:
+        random = lambda self, out, points=iter(points): out.fill(next(points))
+
+    episode, begin, left = sampler.draw([Numbers()] * len(points))  # batches of one: its number as it is
     first = sampler.final - np.array([1, 7, 2, 1, 1, 1, 300, 1, 5])
-    episode = np.searchsorted(first, begin, "right") - 1
     assert (left >= 1).all() and (begin + left == sampler.final[episode]).all() and set(episode) == set(range(9))
+    assert (np.searchsorted(first, begin, "right") - 1 == episode).all()
 
 
 def test_sources_of_a_task_must_agree(tmp_path):
@@ -225,6 +226,27 @@ def test_ranks_share_one_batch(tmp_path, small_shards):
     batch, shares = sampler.sample(rng()), [sampler.sample(rng(), rank, 3) for rank in range(3)]
     for rank, share in enumerate(shares):
         assert torch.equal(share.obs, batch.obs[rank::3]) and torch.equal(share.valid, batch.valid[rank::3])
+
+
+def test_batches_made_at_once_are_those_made_one_by_one(tmp_path, small_shards):
+    tasks = [write_task(tmp_path / name, [5, 3, 9, 2], action_dim=width) for name, width in (("a", 1), ("b", 2))]
+    sampler = data.Sampler(tasks, 10, 3, alphas=[0.1, 0.2])
+    sampler.at_once = 4
+    for (rank, ranks), count in itertools.product([(0, 1), (1, 2)], [1, 4, 11]):
+        batches = list(sampler.batches((rng(seed) for seed in range(count)), rank, ranks))
+        assert len(batches) == count
+        for seed, batch in enumerate(batches):
+            alone = sampler.sample(rng(seed), rank, ranks)
+            assert all(torch.equal(getattr(batch, name), getattr(alone, name)) for name in ("rows", "task", "alpha"))
+
+
+def test_a_batch_is_stratified(tmp_path):
+    """Of a task drawn with half of the weight half of a batch comes, and no part of an episode is left out."""
+    tasks = [write_task(tmp_path / "a", [100]), write_task(tmp_path / "b", [100], obs_dim=3)]
+    for seed in range(20):
+        batch = data.Sampler(tasks, 40).sample(rng(seed))
+        assert (batch.task == torch.arange(2).repeat_interleave(20)).all()
+        assert (batch.obs[:, 0, 1] // 5 == torch.arange(20).repeat(2)).all()
 
 
 def test_same_rng_same_batch(tmp_path):
