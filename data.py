@@ -395,9 +395,8 @@ class Sampler:
             scale = (low + high) / 2, np.where(high > low, (high - low) / 2, np.float32(1))  # a constant action becomes 0
             scale = None if (low == -1).all() and (high == 1).all() else scale  # to scale is a fifth of the work
             self.places += [(task, k, scale) for k in range(len(task.maps))]
-        shards = [len(task.maps) for task in tasks]
-        self.task = np.repeat([names.index(task.name) for task in tasks], shards)  # of each of `places`
-        self.alpha = None if alphas is None else np.repeat(np.array(alphas, np.float32), shards)
+        self.task = [names.index(task.name) for task, *_ in self.places]
+        self.alpha = alphas and [alpha for task, alpha in zip(tasks, alphas) for _ in task.maps]
         # Of each episode of all sources: which of `places` it is in, its final row there, where the interval of [0, 1]
         # that draws it ends, and how dense its transitions are in that: a millionth of one less, so that no rounding
         # leads out at its start.
@@ -449,11 +448,17 @@ class Sampler:
         for t in range(T + 1):  # past its end a window stays on the episode's final row; one is always left
             np.add(begin, np.minimum(left, t) if t > 1 else t, out=index[:, t])
         rows = self.new_rows((len(begin), T + 1, self.width), np.float32)
-        place = self.place.take(episode)
-        cuts = np.concatenate([[0], np.flatnonzero(place[1:] != place[:-1]) + 1, [len(place)]])
-        place, counts, cuts = place[cuts[:-1]], np.diff(cuts), cuts.tolist()
-        for k, part in zip(place.tolist(), map(slice, cuts, cuts[1:])):  # one gather for each shard of a batch
-            task, shard, scale = self.places[k]
+        tasks, alphas = np.empty(len(begin), np.int64), self.alpha and np.empty(len(begin), np.float32)
+        cuts = [0, len(begin)]
+        if len(self.places) > 1:  # wherever another shard begins
+            place = self.place.take(episode)
+            cuts[1:1] = (np.flatnonzero(place[1:] != place[:-1]) + 1).tolist()
+        for part in map(slice, cuts, cuts[1:]):  # one gather for each shard of a batch
+            place = self.place[episode[part.start]]
+            task, shard, scale = self.places[place]
+            tasks[part] = self.task[place]
+            if self.alpha:
+                alphas[part] = self.alpha[place]
             wide, obs_dim, action_dim = task.width == self.width, task.meta["obs_dim"], task.meta["action_dim"]
             # mode: "raise" would gather to a copy first
             read = task.shard(shard).take(index[part], axis=0, out=rows[part] if wide else None, mode="clip")
@@ -463,8 +468,7 @@ class Sampler:
             if scale:
                 action = rows[part, :, O:O + action_dim]
                 np.clip((action - scale[0]) / scale[1], -1, 1, out=action)
-        made = [rows] + [x[place].repeat(counts) for x in (self.task, self.alpha) if x is not None]
-        made = [torch.from_numpy(x).unflatten(0, (len(rngs), -1)) for x in made]
+        made = [torch.from_numpy(x).unflatten(0, (len(rngs), -1)) for x in (rows, tasks, alphas) if x is not None]
         if self.device.type == "cuda":  # copies that the GPU makes beside its work
             made = [x.pin_memory().to(self.device, non_blocking=True) for x in made]
         return [Batch(rows, O, *others) for rows, *others in zip(*made)]
