@@ -151,7 +151,7 @@ LOOPS = ("d3rlpy", "h5py, flat", "Minari sample_episodes")
 
 # ---------------------------------------------------------------- measuring
 
-def rates(draws, batch, steps, seconds, rounds=5, clock=time.process_time):
+def rates(draws, batch, steps, seconds, rounds=10, clock=time.process_time):
     """Transitions a second of each of `draws`: the best of some stretches, taken in turn, for the machine is not always as fast."""
     best = {}
     for name, draw in draws.items():
@@ -167,15 +167,21 @@ def rates(draws, batch, steps, seconds, rounds=5, clock=time.process_time):
     return best
 
 
-def cold_rate(task, batch, steps, draws=20):
-    """Ours with an empty page cache, in wall time; None where the system cannot be told to forget."""
+def forget(folder):
+    """Empty the page cache of a set that nobody maps; False where the system cannot be told to."""
     if not hasattr(os, "posix_fadvise"):
-        return None
-    folder = task.folder
-    for number in range(len(task.maps)):
-        with open(data.shard_path(folder, number), "rb") as file:
+        return False
+    for path in folder.glob("rows-*.bin"):
+        with open(path, "rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return True
+
+
+def cold_rate(folder, batch, steps, draws=20):
+    """Ours with an empty page cache, in wall time; None where it cannot be emptied."""
+    if not forget(folder):
+        return None
     draw = ours(data.Task(folder))
     began = time.perf_counter()
     for _ in range(draws):
@@ -189,11 +195,12 @@ def measure(folder, sizes, seconds, names):
         path = Path(folder, str(transitions), "HalfCheetah-v5")
         if not path.exists():
             generate(path, transitions)
+        forget(path)  # what was read before in any other order, or written, may lie in pages that are slower to look up
         began = time.process_time()
         task = data.Task(path)
         data.Sampler([task], 256, 5)
         opening[transitions] = round(time.process_time() - began, 4)
-        task.verify()  # warm: every page is in the cache, and mapped
+        task.verify()  # warm: every page is in the cache, and mapped, from being read in order, as train.py does before it trains
         draws = {}
         for name in names:
             if name in LOOPS and transitions > SLOW or name == "np.take, memory" and transitions > 5_000_000:
@@ -217,7 +224,7 @@ def measure(folder, sizes, seconds, names):
         task = None  # its maps keep pages in the cache
         for batch in BATCHES:
             for steps in STEPS:
-                cold = cold_rate(data.Task(path), batch, steps)
+                cold = cold_rate(path, batch, steps)
                 rows.append({"source": "ours, cold", "transitions": transitions, "batch": batch, "steps": steps, "cold": cold and round(cold)})
                 print(f"{transitions:>11,} {batch:>5} x {steps}  ours, cold {'':<13} {(cold or 0) / 1e6:>8.3f}M", flush=True)
     return {"rows": rows, "missing": missing, "opening_cpu_seconds": opening}
@@ -225,7 +232,7 @@ def measure(folder, sizes, seconds, names):
 
 def add_arguments(parser):
     parser.add_argument("--large", action="store_true", help="also a set of 50M transitions (5.2 GB of disk)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of CPU time a measurement (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of CPU time a measurement (default: %(default)s)")
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES), metavar="SOURCE")
     parser.add_argument("--folder", help="where to keep the generated sets (default: a temporary folder)")
     parser.add_argument("--out", type=Path, default=Path("results/bench_data.json"))
