@@ -442,6 +442,7 @@ class Sampler:
             yield from self.sample_each(some, rank, ranks)
 
     def sample_each(self, rngs, rank, ranks):
+        """A list of sample(rng, rank, ranks) for each of `rngs`, all made at once; their rows are parts of one tensor."""
         T, O = self.steps, self.obs_dim
         episode, begin, left = self.draw(rngs, rank, ranks)
         index = np.empty((len(begin), T + 1), np.int64)
