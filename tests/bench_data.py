@@ -152,7 +152,7 @@ LOOPS = ("d3rlpy", "h5py, flat", "Minari sample_episodes")
 # ---------------------------------------------------------------- measuring
 
 def rates(draws, batch, steps, seconds, rounds=10, clock=time.process_time):
-    """Transitions a second of each of `draws`: the best of some stretches, taken in turn, for the machine is not always as fast."""
+    """Transitions a second of each of `draws`: the best of some stretches, taken in turn, for machines are not steady."""
     best = {}
     for name, draw in draws.items():
         draw(batch, steps)  # to warm up
@@ -200,7 +200,7 @@ def measure(folder, sizes, seconds, names):
         task = data.Task(path)
         data.Sampler([task], 256, 5)
         opening[transitions] = round(time.process_time() - began, 4)
-        task.verify()  # warm: every page is in the cache, and mapped, from being read in order, as train.py does before it trains
+        task.verify()  # warm: every page is in the cache, and mapped; read in order, as train.py does before it trains
         draws = {}
         for name in names:
             if name in LOOPS and transitions > SLOW or name == "np.take, memory" and transitions > 5_000_000:
