@@ -34,6 +34,19 @@ ACTION_NOISE = {
     "Reacher-v5": 0.2,
     "Pusher-v5": 0.2,
 }
+INSTRUCTIONS = {  # the task description that the model reads
+    "HalfCheetah-v5": "run forward as fast as you can with the half cheetah",
+    "Hopper-v5": "hop forward on one leg without falling",
+    "Walker2d-v5": "walk forward on two legs without falling",
+    "Swimmer-v5": "swim forward by bending the three link snake",
+    "InvertedDoublePendulum-v5": "balance the double pendulum upright on the cart",
+    "Reacher-v5": "reach the target with the tip of the arm",
+    "Pusher-v5": "push the cylinder to the goal with the arm",
+}
+# Shares of each level in the default data: by steps in `levels`, by stretches in `switching`.
+SHARES = {"random": 0.2, "weak": 0.4, "medium": 0.3, "expert": 0.1}
+PARTS = ("switching", "levels")
+TRANSITIONS = 300_000  # a task and part
 FILE = Path(__file__).with_name("levels.npz")
 
 

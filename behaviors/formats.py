@@ -1,10 +1,7 @@
-"""Behaviours recorded elsewhere: data sets from and to other formats, unions of data sets, and what is in one.
+"""Behaviours recorded elsewhere: readers and writers of other formats (`python prepare.py import`, `export`).
 
-    python data.py import ...     from a folder of .npz files, an .hdf5 file as D4RL's, or minari:ID
-    python data.py export ...     to the same
-    python data.py mix ...        some of the episodes of several data sets, as one
-
-The packages that a format needs (h5py, minari) are imported where it is read or written.
+A reader yields Episodes; a writer takes a data.Task. The packages that a format needs (h5py, minari) are
+imported where it is read or written.
 """
 
 import importlib
@@ -13,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-import data
-from data import DataError, Episode
+from data import DataError, Episode, progress
 
 FLAT = ("observations", "actions", "rewards", "terminals", "timeouts")  # D4RL's arrays, one row a step
 
@@ -24,6 +20,10 @@ def package(name):
         return importlib.import_module(name)
     except ImportError:
         raise DataError(f"this needs `pip install {name}`") from None
+
+
+def exported(episodes):
+    return progress(episodes, desc="export", unit="episode", delay=2)
 
 
 def read_npz(folder):
@@ -38,7 +38,7 @@ def read_npz(folder):
 
 def write_npz(task, folder):
     folder.mkdir()
-    for number in range(len(task.episodes)):
+    for number in exported(range(len(task.episodes))):
         np.savez(folder / f"episode-{number:06d}.npz", **vars(task.episode(number)))
 
 
@@ -75,7 +75,7 @@ def write_hdf5(task, path):
         for name, shape in zip((*FLAT, "next_observations"), ((N, O), (N, A), (N,), (N,), (N,), (N, O))):
             file.create_dataset(name, shape, bool if name in ("terminals", "timeouts") else np.float32)
         stop = 0
-        for episode in task:
+        for episode in exported(task):
             part, stop = slice(stop, stop + len(episode.reward)), stop + len(episode.reward)
             file["observations"][part], file["next_observations"][part] = episode.obs[:-1], episode.obs[1:]
             file["actions"][part], file["rewards"][part] = episode.action, episode.reward
@@ -99,7 +99,7 @@ def write_minari(task, name):
     from minari.data_collector import EpisodeBuffer
 
     def buffers():  # one at a time: the set may be larger than memory
-        for episode in task:
+        for episode in exported(task):
             last = np.arange(1 - len(episode.reward), 1) == 0
             yield EpisodeBuffer(observations=episode.obs, actions=episode.action, rewards=episode.reward, infos={},
                                 terminations=last & episode.terminated, truncations=last & (not episode.terminated))
@@ -121,80 +121,9 @@ def reader(source):
     raise DataError(f"{source}: neither minari:ID nor an .hdf5 file nor a folder of .npz files")
 
 
-def import_(args):
-    read, what = reader(args.source)
-    env_id = args.env_id
-    if read is read_minari and not env_id:
-        spec = load_minari(what).env_spec
-        env_id = spec and spec.id
-    if not env_id:
-        raise DataError(f"{args.source} does not name its environment: give --env-id, such as --env-id Hopper-v5")
-    reference = dict(zip(("random", "expert"), args.reference)) if args.reference else None
-    meta = data.new_meta(env_id, args.instruction or env_id, args.discount, reference)
-    with data.whole(args.out / (args.task or env_id.replace("/", "-").replace(":", "-"))) as partial:
-        data.append(partial, read(what), meta, args.source)
-
-
-def export(args):
-    task = data.Task(args.task)
-    if args.target.startswith("minari:"):
-        write_minari(task, args.target.removeprefix("minari:"))
-    else:
-        with data.whole(args.target) as partial:
-            (write_hdf5 if Path(args.target).suffix in (".hdf5", ".h5") else write_npz)(task, partial)
-
-
-def mix(args):
-    """Whole episodes, a share of each source's, drawn without replacement; what was drawn stands in meta.json."""
-    shares = args.shares or [1.0] * len(args.sources)
-    if len(shares) != len(args.sources) or not all(0 < share <= 1 for share in shares):
-        raise DataError(f"--shares {shares}: one for each of the {len(args.sources)} data sets, above 0 and at most 1")
-    sources = [(task, share) for folder, share in zip(args.sources, shares) for task in data.open_tasks(folder)]
-    rng = np.random.default_rng(args.seed)
-    with data.whole(args.out) as partial:
-        for merged in data.merged_metas([task for task, _ in sources]):
-            kept = [(task, np.sort(rng.permutation(len(task.episodes))[:max(1, round(share * len(task.episodes)))]))
-                    for task, share in sources if task.name == merged["name"]]
-            meta = {**kept[0][0].meta, "shards": [], "return_to_go": None,
-                    "sources": [{"folder": str(task.folder), "episodes": len(numbers)} for task, numbers in kept]}
-            data.append(partial / merged["name"], (task.episode(n) for task, numbers in kept for n in numbers), meta)
-
-
-def describe(args):
-    """`info` and `verify`: a line a task."""
-    for task in data.open_tasks(args.folder):
-        if args.command == "verify":
-            task.verify()
-        meta, score = task.meta, task.meta["score"]
-        print(f"{task.name:<28} {meta['episodes']:>7,} episodes {meta['transitions']:>11,} transitions   score "
-              f"{score['mean']:.0f} ± {score['std']:.0f}, best {score['max']:.0f}   obs {meta['obs_dim']}, action "
-              f"{meta['action_dim']}" + (", every byte checked" if args.command == "verify" else ""))
-        for path in data.leftovers(task.folder, meta):
-            print(f"  ignored: {path} ({path.stat().st_size:,} bytes), the rest of a writer that was killed")
-
-
-def add_commands(commands):
-    for name, text in (("info", "what is in a data set"), ("verify", "read every byte and check it")):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("folder", type=Path)
-        command.set_defaults(run=describe)
-    command = commands.add_parser("import", help="make a task of a data set in another format")
-    command.add_argument("source", help="minari:ID, an .hdf5 file as D4RL's, or a folder of .npz files, one an episode")
-    command.add_argument("out", type=Path, help="data set to put it in")
-    command.add_argument("--env-id", help="the Gymnasium environment that it is of (default: what a Minari set says)")
-    command.add_argument("--task", help="its name in the data set (default: the environment's)")
-    command.add_argument("--instruction", help="the task description that the model reads (default: the environment's name)")
-    command.add_argument("--discount", type=float, default=0.99, help="of the returns to go (default: %(default)s)")
-    command.add_argument("--reference", type=float, nargs=2, metavar=("RANDOM", "EXPERT"),
-                         help="returns that score 0 and 1 (default: scores are returns)")
-    command.set_defaults(run=import_)
-    command = commands.add_parser("export", help="write a task in another format")
-    command.add_argument("task", type=Path, help="such as datasets/switching/Hopper-v5")
-    command.add_argument("target", help="minari:ID, a new .hdf5 file, or a new folder for .npz files")
-    command.set_defaults(run=export)
-    command = commands.add_parser("mix", help="make one data set of some of the episodes of several")
-    command.add_argument("out", type=Path, help="a new data set")
-    command.add_argument("sources", type=Path, nargs="+", help="data sets")
-    command.add_argument("--shares", type=float, nargs="+", help="of each source's episodes (default: all)")
-    command.add_argument("--seed", type=int, default=0, help="of which episodes (default: %(default)s)")
-    command.set_defaults(run=mix)
+def env_id_of(read, what):
+    """The environment that a source names, or None."""
+    if read is not read_minari:
+        return None
+    spec = load_minari(what).env_spec
+    return spec and spec.id

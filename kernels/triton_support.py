@@ -1,4 +1,4 @@
-"""What the three kernels share: the one guarded import of Triton, and when to use a kernel.
+"""What the kernels share: the one guarded import of Triton, and when to use a kernel.
 
 Triton has no wheels for macOS and Windows. There, `triton` below is None, the kernels' bodies are
 never compiled, and every function of this folder takes its plain path.

@@ -1,8 +1,9 @@
-"""Acting, scores and their intervals, recording; and that the README's commands exist."""
+"""Acting, scores and their intervals, what is written; and that the READMEs' commands exist."""
 
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -11,23 +12,46 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-import data
+import envs
 import eval as evaluation
+import prepare
 import train
-from eval import ACTS, act, interval, iqm, normalise, rollout, summarise
+from checkpoint import find_checkpoint, load_run
+from eval import ACTS, Play, act, interval, iqm, normalise, rollout, summarise
 
 ROOT = Path(__file__).parent.parent
+HOPPER, REACHER = "Hopper-v5", "Reacher-v5"
 
 
 @pytest.fixture(scope="module")
-def trained(small_data, tmp_path_factory):
+def original(small_data, tmp_path_factory):
     """A short run of two tasks."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    train.main(["--size", "tiny", "--data", str(small_data), "--out", str(out), "--steps", "10", "--batch-size", "32",
-                "--eval-every", "0", "--episodes", "0"])
+    train.main(["--size", "tiny", "--data", str(small_data), "--out", str(out), "--steps", "10",
+                "--batch-size", "32", "--eval-every", "0", "--episodes", "0"])
     return out
 
+
+@pytest.fixture
+def trained(original, tmp_path):
+    """A copy of it, to write in."""
+    return shutil.copytree(original, tmp_path / "run")
+
+
+def command(*flags):
+    """python eval.py FLAGS, within this process."""
+    evaluation.main(evaluation.parse_args([str(flag) for flag in flags]))
+
+
+def ends_with(code, *flags):
+    with pytest.raises(SystemExit) as end:
+        command(*flags)
+    assert end.value.code == code
+
+
+# ---------------------------------------------------------------- acting
 
 @pytest.mark.parametrize("how", ACTS)
 def test_actions_stay_in_the_box(model, how):
@@ -37,57 +61,86 @@ def test_actions_stay_in_the_box(model, how):
 
 def test_improved_and_best_follow_q(model):
     """With Q replaced by the first action dimension, better actions are larger ones."""
+    ramp = torch.linspace(-1, 1, model.config.atoms)
     model.q_spread.fill_(0.3)
-    model.q = lambda latents, action, task: 20 * action[..., :1] * torch.linspace(-1, 1, model.config.atoms)
+    model.q = lambda latents, action, task: 20 * action[..., :1] * ramp
     obs, task = torch.randn(64, 5), torch.zeros(64, dtype=torch.long)
-    mean, improved, sharp, best = (act(model, obs, task, how, eta)[:, 0].mean().item() for how, eta in
-                                   (("mean", 1), ("improved", 1.0), ("improved", 0.05), ("best", 1)))
-    assert mean + 0.2 < improved < sharp and best > improved
 
+    def first(how, eta=1.0):
+        return act(model, obs, task, how, eta)[:, 0].mean()
+
+    assert first("mean") + 0.2 < first("improved") < first("improved", 0.05)
+    assert first("best") > first("improved")
+
+
+# ---------------------------------------------------------------- statistics
 
 def test_iqm_by_hand():
     assert iqm([0, 1, 2, 3, 4, 5, 6, 100]) == pytest.approx((2 + 3 + 4 + 5) / 4)
-    assert iqm([5, 1, 2, 3, 100, 4, -50]) == pytest.approx((1 + 2 + 3 + 4 + 5) / 5)  # of seven, one is cut at either end
+    of_seven = [5, 1, 2, 3, 100, 4, -50]  # one is cut at either end
+    assert iqm(of_seven) == pytest.approx((1 + 2 + 3 + 4 + 5) / 5)
 
 
 def test_interval_covers_the_mean_nineteen_times_in_twenty():
     rng = np.random.default_rng(0)
     hits = 0
     for trial in range(200):
-        low, high = interval([rng.normal(3, 1, 40)], lambda x: x[0].mean(), resamples=200, seed=trial)
+        sample = rng.normal(3, 1, 40)
+        low, high = interval([sample], lambda x: x[0].mean(), resamples=200, seed=trial)
         hits += low < 3 < high
     assert 175 <= hits <= 200  # 190 expected
 
 
 def test_scores_are_scaled_by_the_reference():
-    assert normalise([10.0, 20.0, 30.0], {"reference": {"random": 10, "expert": 30}}).tolist() == [0, 0.5, 1]
+    meta = {"reference": {"random": 10, "expert": 30}}
+    assert normalise([10.0, 20.0, 30.0], meta).tolist() == [0, 0.5, 1]
     assert normalise([10.0], {"reference": None}).tolist() == [10]
 
 
+def play(index, *reward):
+    """A Play of a task in whose scores a return of 10 counts 1."""
+    meta = {"name": "abcd"[index], "action_low": [-1.0], "action_high": [1.0],
+            "reference": {"random": 0, "expert": 10}}
+    made = Play(index, 0, meta, keep=False, render=False)
+    made.reward = list(reward)
+    return made
+
+
 def test_summary_of_known_returns():
-    metas = [{"name": n, "reference": {"random": 0, "expert": 10}} for n in "abcd"]
-    episode = lambda total: data.Episode(None, None, np.array([total / 2, total / 2]), False)
-    summary = summarise([[episode(v), episode(v + 2)] for v in (-100, 4, 6, 1000)], metas)
-    assert summary["tasks"]["b"]["score"] == pytest.approx(0.5) and summary["tasks"]["b"]["length"] == 2
-    assert summary["iqm"] == pytest.approx(0.6)  # of the means -9.9, 0.5, 0.7, 100.1 the middle two
+    plays = []
+    for index, total in enumerate((-100, 4, 6, 1000)):
+        plays += [play(index, total / 2, total / 2), play(index, total, 2)]
+    failed = play(1, 50)
+    failed.failed = "b, episode 2"
+    summary = summarise([*plays, failed])
+    b = summary["tasks"]["b"]
+    assert b["returns"] == [4, 6] and b["score"] == pytest.approx(0.5) and b["length"] == 2
+    assert b["return"] == 5 and b["return_std"] == 1
+    assert summary["iqm"] == pytest.approx(0.6)  # of -9.9, 0.5, 0.7 and 100.1 the middle two
+    assert summary["failed"] == ["b, episode 2"]
 
 
-def test_rollouts_are_seeded(trained):
-    model, config = evaluation.load_run(trained)
-    totals = [[e.reward.sum() for task in rollout(model, config["tasks"], 2, seed)[0] for e in task] for seed in (3, 3, 4)]
-    assert totals[0] == totals[1] != totals[2]
+# ---------------------------------------------------------------- roll-outs
+
+def test_rollouts_are_seeded(original):
+    model, config = load_run(original)
+
+    def totals(seed):
+        return [sum(play.reward) for play in rollout(model, config["tasks"], 2, seed)]
+
+    assert totals(3) == totals(3) != totals(4)
 
 
-def test_the_averaged_weights_are_what_is_loaded(trained):
-    model, _ = evaluation.load_run(trained)
-    from safetensors.torch import load_file
-    stored = load_file(next(evaluation.find_checkpoint(trained).glob("*.safetensors")))
-    assert all(torch.equal(v, stored[f"target.{k}"]) for k, v in model.state_dict().items())
+def test_the_averaged_weights_are_what_is_loaded(original):
+    model, _ = load_run(original)
+    stored = load_file(next(find_checkpoint(original).glob("*.safetensors")))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, stored[f"target.{name}"])
 
 
 class Faulty:
     """An environment of 5 steps; `fault` is called before the third."""
-    render_mode = None
+    spec = None
 
     def __init__(self, fault):
         self.fault, self.steps = fault, 0
@@ -105,106 +158,253 @@ class Faulty:
         pass
 
 
+def nothing():
+    pass
+
+
 def crash():
     raise ValueError("the simulation is unstable")
 
 
+def hang():
+    time.sleep(60)
+
+
 def test_an_environment_that_raises_or_hangs_costs_its_own_episode(model, monkeypatch):
-    faults = iter([lambda: None, crash, lambda: time.sleep(60), lambda: None])
-    monkeypatch.setattr(evaluation, "make_env", lambda meta, render=False: Faulty(next(faults)))
+    faults = iter([nothing, crash, hang, nothing])
+    monkeypatch.setattr(envs, "make", lambda meta, render: Faulty(next(faults)))
     monkeypatch.setattr(evaluation, "ENV_SECONDS", 0.2)
-    task = {"name": "a", "action_low": [-1.0, -1.0], "action_high": [1.0, 1.0]}
+    meta = {"name": "a", "action_low": [-1.0, -1.0], "action_high": [1.0, 1.0]}
     start = time.monotonic()
-    results, _, failed = rollout(model, [task, None], 4, how="mean")
+    plays = rollout(model, [meta, None], 4, how="mean")
     assert time.monotonic() - start < 30
-    assert [len(episode.reward) for episode in results[0]] == [5, 5] and results[1] == []
-    assert failed == ["a, episode 1, step 2: ValueError: the simulation is unstable",
-                      "a, episode 2, step 2: TimeoutError: no answer within 0.2 s"]
-    summary = summarise(results, [task, None], failed)
-    assert summary["tasks"]["a"]["returns"] == [5.0, 5.0] and "episode 2" in evaluation.table(summary)
+    assert [len(play.reward) for play in plays if not play.failed] == [5, 5]
+    summary = summarise(plays)
+    assert summary["failed"] == ["a, episode 1, step 2: ValueError: the simulation is unstable",
+                                 "a, episode 2, step 2: TimeoutError: no answer within 0.2 s"]
+    assert summary["tasks"]["a"]["returns"] == [5.0, 5.0]
+    assert "episode 2" in evaluation.table(summary)
 
 
 def test_failed_episodes_are_an_exit_code(trained, small_data, tmp_path, monkeypatch, capsys):
-    make_env = evaluation.make_env
-    monkeypatch.setattr(evaluation, "make_env",
-                        lambda meta, render=False: crash() if meta["name"] == "Reacher-v5" else make_env(meta, render))
-    with pytest.raises(SystemExit) as end:
-        cli(monkeypatch, trained, "--episodes", 1)
-    assert end.value.code == evaluation.EPISODES_FAILED == 3
+    make = envs.make
+
+    def broken(meta, render=False):
+        return crash() if meta["name"] == REACHER else make(meta, render)
+
+    monkeypatch.setattr(envs, "make", broken)
+    ends_with(evaluation.EPISODES_FAILED, trained, "--episodes", 1)
+    assert evaluation.EPISODES_FAILED == 3
     summary = json.loads((trained / "eval.json").read_text())
-    assert list(summary["tasks"]) == ["Hopper-v5"] and len(summary["failed"]) == 1
-    assert "Reacher-v5, episode 0, step 0: ValueError" in capsys.readouterr().out
+    assert list(summary["tasks"]) == [HOPPER] and len(summary["failed"]) == 1
+    assert f"{REACHER}, episode 0, step 0: ValueError" in capsys.readouterr().out
+    out = tmp_path / "new"
     with pytest.raises(SystemExit) as end:  # training itself goes on
-        train.main(["--size", "tiny", "--data", str(small_data), "--out", str(tmp_path / "run"), "--steps", "10",
-                    "--batch-size", "32", "--eval-every", "5", "--eval-episodes", "1", "--episodes", "1"])
-    assert end.value.code == 3 and evaluation.find_checkpoint(tmp_path / "run").name == "000000010"
+        train.main(["--size", "tiny", "--data", str(small_data), "--out", str(out),
+                    "--steps", "10", "--batch-size", "32", "--eval-every", "5",
+                    "--eval-episodes", "1", "--episodes", "1"])
+    assert end.value.code == 3 and find_checkpoint(out).name == "000000010"
+    assert (out / "curve.png").exists()
 
 
-def cli(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, flags)])
-    evaluation.main()
-
-
-def test_record_and_evaluate_from_the_run_alone(trained, tmp_path, monkeypatch, capsys):
-    cli(monkeypatch, trained, "--episodes", 2, "--tasks", "Reacher-v5", "--record", tmp_path / "own")
-    cli(monkeypatch, trained, "--episodes", 3, "--tasks", "Reacher-v5", "--record", tmp_path / "own", "--act", "sample")
-    task, = data.open_tasks(tmp_path / "own")
-    task.verify()
-    assert task.meta["episodes"] == 5 and task.meta["transitions"] == 250
-    recorded = json.loads((trained / "eval.json").read_text())["tasks"]["Reacher-v5"]["returns"]
-    np.testing.assert_allclose(task.episodes["score"][2:], recorded, rtol=1e-5)
-    assert "IQM over tasks" in capsys.readouterr().out
-
-
-def test_recorded_actions_replay_to_the_recorded_observations(trained):
-    """What is recorded is what the environment was given, in its own units: Pusher's box, say, is [-2, 2]."""
-    model, config = evaluation.load_run(trained)
-    tasks = [None, config["tasks"][1]]
-    (_, (episode,)), *_ = rollout(model, tasks, 1, seed=5, how="sample", keep=True)
-    env = evaluation.make_env(tasks[1])
+def test_recorded_actions_replay_to_the_recorded_observations(original):
+    """What is recorded is what the environment was given, in its own units."""
+    model, config = load_run(original)
+    meta = config["tasks"][1]
+    played, = rollout(model, [None, meta], 1, seed=5, how="sample", keep=True)
+    episode, env = played.episode(), envs.make(meta)
     obs, _ = env.reset(seed=50_000)
     for step, action in enumerate(episode.action):
         np.testing.assert_allclose(obs, episode.obs[step], atol=1e-6)
         obs = env.step(action)[0]
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["nowhere"], "not a run's folder"),
-    (["RUN", "--tasks", "Ant-v5"], "no task 'Ant-v5'; it was trained on: Hopper-v5, Reacher-v5"),
-])
-def test_bad_input_is_one_line(trained, monkeypatch, capsys, flags, message):
-    with pytest.raises(SystemExit) as error:
-        cli(monkeypatch, *[str(trained) if flag == "RUN" else flag for flag in flags])
-    assert error.value.code == 2 and message in capsys.readouterr().err
+def test_actions_are_scaled_to_the_environments_box():
+    given, meta = [], {"name": "a", "action_low": [-2.0, 0.0], "action_high": [2.0, 1.0]}
+    made = Play(0, 0, meta, keep=True, render=False)
+    made.env = Faulty(nothing)
+    made.env.step = lambda action: given.append(action.tolist()) or (0, 1.0, False, False, {})
+    made.step(np.array([-1.0, 0.5, 0.9], np.float32))  # the last is padding
+    assert given == [[-2.0, 0.75]]
 
 
-def test_comparison_figure(trained, tmp_path, monkeypatch):
-    cli(monkeypatch, trained, trained, "--episodes", 1, "--tasks", "Reacher-v5", "--plot", tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").stat().st_size > 5_000
+# ---------------------------------------------------------------- what is written
+
+def test_record_and_evaluate_from_the_run_alone(trained, tmp_path, capsys):
+    flags = [trained, "--tasks", REACHER, "--record", tmp_path / "own"]
+    command(*flags, "--episodes", 2)
+    command(*flags, "--episodes", 3, "--act", "sample")
+    task, = prepare.open_tasks(tmp_path / "own")
+    prepare.verify([task])
+    assert task.meta["episodes"] == 5 and task.meta["transitions"] == 250
+    summary = json.loads((trained / f"eval-sample-{REACHER}.json").read_text())
+    recorded = summary["tasks"][REACHER]["returns"]
+    np.testing.assert_allclose(task.episodes["return"][2:], recorded, rtol=1e-5)
+    printed = capsys.readouterr().out
+    assert "IQM over tasks" in printed
+    assert f"wrote 3 episodes to {tmp_path / 'own' / REACHER}" in printed
 
 
-def readme_commands():
-    blocks = re.findall(r"^(?:    |```\w*\n)(.*?)$", (ROOT / "README.md").read_text(), re.M)
-    return sorted({line.split("#")[0].strip() for line in blocks if re.search(r"python (-m )?[\w.]+", line)})
+def looks(run):
+    """The names of a run's evaluations, and the content of eval.json."""
+    names = {path.name for path in run.glob("eval*")}
+    return names, json.loads((run / "eval.json").read_text())
 
 
-def test_every_readme_command_parses():
-    """Each `python X ...` line of the README is accepted by X's own parser: flags and choices exist."""
-    commands = [part.strip() for line in readme_commands() for part in line.split("&&") if "python " in part]
-    assert len(commands) > 8
-    script = ("import argparse, runpy, sys\n"
-              "parse = argparse.ArgumentParser.parse_args\n"
-              "def stop(self, *args):\n"
-              "    parse(self, *args)\n"
-              "    sys.exit(0)\n"
-              "argparse.ArgumentParser.parse_args = stop\n"
-              "for command in COMMANDS:\n"
-              "    sys.argv = command[1:] if command[0] != '-m' else command[1:]\n"
-              "    try:\n"
-              "        if command[0] == '-m': runpy.run_module(command[1], run_name='__main__', alter_sys=True)\n"
-              "        else: sys.argv = command; runpy.run_path(command[0], run_name='__main__')\n"
-              "    except SystemExit as error:\n"
-              "        assert not error.code, command\n")
-    parsed = [shlex.split(command.split("python ", 1)[1]) for command in commands]
-    finished = subprocess.run([sys.executable, "-c", f"COMMANDS = {parsed!r}\n{script}"], cwd=ROOT, capture_output=True, text=True)
+def test_only_a_full_evaluation_writes_eval_json(trained, tmp_path, monkeypatch, capsys):
+    make = envs.make
+
+    def filmed(meta, render=False):
+        env = make(meta)
+        env.render = lambda: np.zeros((8, 8, 3), np.uint8)
+        return env
+
+    monkeypatch.setattr(envs, "make", filmed)
+    command(trained, "--episodes", 2)
+    names, full = looks(trained)
+    assert names == {"eval.json"} and full["episodes"] == 2
+    assert (full["act"], full["eta"], full["seed"]) == ("improved", 2.0, 1)
+    assert full["checkpoint"] == "000000010" and list(full["tasks"]) == [HOPPER, REACHER]
+    video = tmp_path / "video.gif"
+    for flags, name in [
+        (["--tasks", HOPPER], f"eval-{HOPPER}.json"),
+        (["--act", "mean"], "eval-mean.json"),
+        (["--eta", 0.5], "eval-eta0.5.json"),
+        (["--video", video], "eval-video.json"),
+        ([], "eval-1-episodes.json"),
+        (["--act", "mean", "--tasks", HOPPER], f"eval-mean-{HOPPER}.json"),
+    ]:
+        command(trained, "--episodes", 1, *flags)
+        names.add(name)
+        assert looks(trained) == (names, full)
+        assert json.loads((trained / name).read_text())["episodes"] == 1
+        assert f"wrote {trained / name}" in capsys.readouterr().out
+    assert video.stat().st_size > 0
+    command(trained, "--episodes", 2, "--seed", 3)
+    assert looks(trained)[1]["seed"] == 3
+    (trained / "eval.json").write_text("half of")
+    command(trained, "--episodes", 1)
+    assert looks(trained)[1]["episodes"] == 1
+
+
+def test_the_table_is_printed_before_anything_is_written(trained, small_data, tmp_path,
+                                                         monkeypatch, capsys):
+    def full_disk(path, content):
+        raise OSError(f"{path}: no space left")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("data.write_file", full_disk)
+        ends_with(2, trained, "--episodes", 1)
+    printed = capsys.readouterr()
+    assert "IQM over tasks" in printed.out and "eval.py: " in printed.err
+    monkeypatch.setattr(train, "write_summary", full_disk)
+    with pytest.raises(SystemExit):
+        train.main(["--size", "tiny", "--data", str(small_data), "--out", str(tmp_path / "new"),
+                    "--steps", "1", "--eval-every", "0", "--episodes", "1"])
+    printed = capsys.readouterr()
+    assert "IQM over tasks" in printed.out and "train.py: " in printed.err
+
+
+def test_an_evaluation_has_the_runs_number_of_threads(trained, monkeypatch):
+    seen = []
+
+    def watched(*args, **kwargs):
+        seen.append(torch.get_num_threads())
+        return rollout(*args, **kwargs)
+
+    monkeypatch.setattr(evaluation, "rollout", watched)
+    torch.set_num_threads(3)
+    try:
+        command(trained, "--episodes", 1, "--tasks", REACHER)
+        config = json.loads((trained / "config.json").read_text())
+        config["train"]["threads"] = 2
+        (trained / "config.json").write_text(json.dumps(config))
+        command(trained, "--episodes", 1, "--tasks", REACHER)
+    finally:
+        torch.set_num_threads(1)
+    assert seen == [1, 2]
+
+
+def test_comparison_figure(trained, original, tmp_path):
+    path = tmp_path / "figure.png"
+    other = shutil.copytree(original, tmp_path / "other")
+    command(trained, other, "--episodes", 1, "--tasks", REACHER, "--plot", path)
+    assert path.stat().st_size > 5_000
+
+
+# ---------------------------------------------------------------- bad input
+
+def test_bad_input_is_one_line(trained, tmp_path, capsys):
+    ends_with(2, tmp_path / "nowhere")
+    assert "not a run's folder" in capsys.readouterr().err
+    ends_with(2, trained, "--tasks", "Ant-v5")
+    message = f"no task 'Ant-v5'; it was trained on: {HOPPER}, {REACHER}"
+    assert message in capsys.readouterr().err
+    config = json.loads((trained / "config.json").read_text())
+    config["settings"]["critic"] = "v"
+    (trained / "config.json").write_text(json.dumps(config))
+    ends_with(2, trained, "--act", "best")
+    assert "--act best needs a Q decoder" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- the READMEs' commands
+
+OLD = ("tests.", "data.py")  # in the list of what commands were called before
+
+
+def code_lines(text):
+    """Lines of code: indented by four spaces, or fenced; and code within a line."""
+    fenced = False
+    for line in text.splitlines():
+        if line.startswith("```"):
+            fenced = not fenced
+        elif fenced or line.startswith("    "):
+            yield line
+        else:
+            yield from re.findall(r"`([^`]+)`", line)
+
+
+def commands_of(text):
+    """What `python` or `torchrun` is given, as lists of words, from the program's name on."""
+    for line in code_lines(text):
+        for part in re.findall(r"(?:python|torchrun) [^&]+", line):
+            words = shlex.split(part, comments=True)[1:]
+            while words and words[0] != "-m" and not words[0].endswith(".py"):
+                del words[0]
+            if words and not any(word.startswith(OLD) for word in words[:2]):
+                yield ["1" if word.isupper() else word for word in words]  # SEED, say
+
+
+# Stops a program as soon as it has read its flags, wherever it does so.
+STOP_AFTER_PARSING = """
+import argparse, runpy, sys
+parse = argparse.ArgumentParser.parse_args
+def stop(*args):
+    parse(*args)
+    sys.exit(0)
+argparse.ArgumentParser.parse_args = stop
+for command in COMMANDS:
+    try:
+        if command[0] == "-m":
+            sys.argv = command[1:]
+            runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = command
+            runpy.run_path(command[0], run_name="__main__")
+    except SystemExit as error:
+        assert not error.code, command
+    else:
+        raise AssertionError(f"{command} reads no flags")
+"""
+
+
+@pytest.mark.parametrize("folder, least", [(".", 5), ("behaviors", 1), ("kernels", 1),
+                                           ("studies", 5)])
+def test_every_command_of_a_readme_parses(folder, least):
+    """Each is accepted by its own parser: the flags and choices exist."""
+    commands = list(commands_of((ROOT / folder / "README.md").read_text()))
+    assert len(commands) >= least
+    script = f"COMMANDS = {commands!r}\n{STOP_AFTER_PARSING}"
+    finished = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True,
+                              text=True)
     assert finished.returncode == 0, finished.stderr

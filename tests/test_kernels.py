@@ -1,8 +1,8 @@
-"""The kernels: their plain references, their arithmetic (interpreted), and their machine code (compiled).
+"""The kernels: plain references, arithmetic (interpreted), and machine code (compiled).
 
-The interpreter needs TRITON_INTERPRET=1 before Triton is imported, and the compiler must not see it, so
-each has a process of its own: `test_interpreted` runs this file's TestInterpreted, and `test_compiled`
-runs tests/compile_kernels.py. Neither needs a GPU.
+The interpreter needs TRITON_INTERPRET=1 before Triton is imported; the compiler must not see it.
+So each has a process of its own: `test_interpreted` runs this file's TestInterpreted, and
+`test_compiled` runs tests/compile_kernels.py. Neither needs a GPU.
 """
 
 import json
@@ -15,24 +15,30 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels import attention as attending
 from kernels import categorical_projection as projection
-from kernels import latent_block as block
 from kernels import triton_support
 from kernels.attention import attention, attention_forward, attention_plain, attention_reference
-from kernels.categorical_projection import bellman_cross_entropy, bellman_target, fused_cross_entropy, point_mass, project
-from kernels.latent_block import latent_block, latent_block_forward, latent_block_reference
+from kernels.categorical_projection import (
+    bellman_cross_entropy,
+    bellman_target,
+    fused_cross_entropy,
+    point_mass,
+    project,
+)
 
 ROOT = Path(__file__).parent.parent
 FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
 
-needs_triton = pytest.mark.skipif(triton_support.triton is None, reason="triton is not installed (Linux only)")
+without_triton = triton_support.triton is None
+needs_triton = pytest.mark.skipif(without_triton, reason="triton is not installed (Linux only)")
 
 
 # ---------------------------------------------------------------- inputs
 
 
 def attention_inputs(len_q, len_k, width, dtype=FP32, batch=3, heads=2):
-    """q, k, v as a model makes them, views of (B, L, H, D) and of keys beside values; and a mask."""
+    """q, k, v as a model makes them, views of (B, L, H, D), of keys beside values; and a mask."""
     generator = torch.Generator().manual_seed(len_q * 1000 + len_k)
     q = torch.randn(batch, len_q, heads, width, generator=generator).to(dtype).transpose(1, 2)
     kv = torch.randn(batch, len_k, 2, heads, width, generator=generator).to(dtype)
@@ -43,15 +49,6 @@ def attention_inputs(len_q, len_k, width, dtype=FP32, batch=3, heads=2):
     mask[0] = True
     mask[-1] = False  # a sample without a single key
     return (q, k, v), mask
-
-
-def block_inputs(batch, length, width, dtype=FP32):
-    """x and the weights, of every layout: each second row, a stride of 0, and transposed."""
-    generator = torch.Generator().manual_seed(batch * 1000 + length)
-    draw = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)
-    x = draw(batch, 2 * length, width)[:, ::2]
-    qkv_weight, out_weight = draw(width, 3 * width).T / width**0.5, draw(width, width) / width**0.5
-    return [x, 1 + 0.1 * draw(width), draw(1).expand(width), qkv_weight, out_weight]
 
 
 def bellman_inputs(batch, atoms, dtype=FP32):
@@ -66,8 +63,8 @@ def bellman_inputs(batch, atoms, dtype=FP32):
 def compare(function, reference, inputs, absolute=None, relative=None):
     """The function's values and gradients against the reference's in float64.
 
-    absolute bounds the largest error of an element (times the largest gradient, where that passes 1);
-    relative, the error's norm over the value's.
+    absolute: the largest error of an element (times the largest gradient, where that passes 1).
+    relative: the largest norm of the error, over the value's.
     """
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     exact_inputs = [tensor.detach().to(FP64).requires_grad_() for tensor in inputs]
@@ -119,7 +116,8 @@ class TestInterpreted:
     def test_attention_of_any_width(self, dtype, width, len_q, len_k):
         inputs, _ = attention_inputs(len_q, len_k, width, dtype, batch=1)
         tolerance = {"absolute": 5e-6} if dtype == FP32 else {"relative": 1.5e-2}
-        compare(lambda *x: attention(*x, backend="triton"), attention_reference, inputs, **tolerance)
+        kernel = lambda *inputs: attention(*inputs, backend="triton")
+        compare(kernel, attention_reference, inputs, **tolerance)
 
     def test_attention_in_bf16_where_no_side_fits_a_tile(self):
         inputs, mask = attention_inputs(100, 129, 32, BF16, heads=1)
@@ -145,34 +143,30 @@ class TestInterpreted:
         assert (out[-1] == 0).all() and all((gradient[-1] == 0).all() for gradient in gradients)
 
     def test_attention_of_columns_and_of_shared_queries(self):
-        """k with its last dimension strided; q one for all samples, as projected latents are (stride 0)."""
+        """k strided in its last dimension; q one for all samples, as projected latents are."""
         generator = torch.Generator().manual_seed(0)
-        q, k = torch.randn(1, 2, 5, 16, generator=generator), torch.randn(3, 2, 16, 9, generator=generator)
+        q = torch.randn(1, 2, 5, 16, generator=generator)
+        k = torch.randn(3, 2, 16, 9, generator=generator)
         v = torch.randn(3, 2, 9, 32, generator=generator)
 
-        def shared(function):
-            return lambda q, k, v: function(q.expand(3, -1, -1, -1), k.transpose(2, 3), v[..., ::2])
+        def ours(q, k, v):
+            views = q.expand(3, -1, -1, -1), k.transpose(2, 3), v[..., ::2]
+            return attention(*views, backend="triton")
 
-        compare(shared(lambda *x: attention(*x, backend="triton")), shared(attention_reference), (q, k, v), 5e-6)
+        def plain(q, k, v):
+            views = q.expand(3, -1, -1, -1), k.transpose(2, 3), v[..., ::2]
+            return attention_reference(*views)
+
+        compare(ours, plain, (q, k, v), absolute=5e-6)
 
     def test_attention_passes_gradcheck(self):
         inputs, mask = attention_inputs(2, 3, 16, batch=2, heads=1)
         inputs = [tensor.contiguous().requires_grad_() for tensor in inputs]
         kernel = lambda *inputs: attention(*inputs, mask, backend="triton")
+        tolerances = dict(eps=1e-2, atol=1e-3, rtol=1e-2)
         with warnings.catch_warnings():  # gradcheck would like float64, which the kernels refuse
             warnings.simplefilter("ignore", UserWarning)
-            assert torch.autograd.gradcheck(kernel, inputs, eps=1e-2, atol=1e-3, rtol=1e-2, fast_mode=True)
-
-    @pytest.mark.parametrize("batch, length, width", [(3, 5, 32), (1, 64, 64), (9, 16, 64), (3, 32, 128), (5, 16, 128)])
-    @pytest.mark.parametrize("dtype", [FP32, BF16])
-    def test_latent_block(self, batch, length, width, dtype):
-        heads = width // {32: 16, 64: 16, 128: 32}[width]
-        compare(
-            lambda *inputs: latent_block(*inputs, heads, backend="triton"),
-            lambda *inputs: latent_block_reference(*inputs, heads),
-            block_inputs(batch, length, width, dtype),
-            **({"absolute": 5e-6} if dtype == FP32 else {"relative": 1.5e-2}),
-        )
+            assert torch.autograd.gradcheck(kernel, inputs, **tolerances, fast_mode=True)
 
     @pytest.mark.parametrize("batch, atoms", [(1, 2), (7, 51), (5, 101), (2, 128), (2, 256)])
     @pytest.mark.parametrize("dtype", [FP32, BF16])
@@ -189,43 +183,44 @@ class TestInterpreted:
         "operator, inputs",
         [
             (attention_forward, (*attention_inputs(5, 7, 16)[0], attention_inputs(5, 7, 16)[1])),
-            (latent_block_forward, block_inputs(2, 5, 32)),
             (fused_cross_entropy, (*bellman_inputs(3, 11), 0.3)),
         ],
-        ids=["attention", "latent_block", "bellman_cross_entropy"],
+        ids=["attention", "bellman_cross_entropy"],
     )
     def test_operators_are_what_they_declare(self, operator, inputs, monkeypatch):
         """Their schemas, and the shapes, types and strides that torch.compile is told."""
         monkeypatch.undo()  # opcheck runs the operator twice and compares unwritten memory too
-        inputs = [x.detach().requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs]
-        torch.library.opcheck(operator, inputs, test_utils=("test_schema", "test_faketensor"))
+        given = []
+        for x in inputs:
+            learnt = torch.is_tensor(x) and x.is_floating_point()
+            given.append(x.detach().requires_grad_() if learnt else x)
+        torch.library.opcheck(operator, given, test_utils=("test_schema", "test_faketensor"))
 
     def test_torch_compile_takes_the_kernels_without_a_break(self):
-        def step(q, k, v, mask, x, *rest):
-            out = attention(q, k, v, mask, backend="triton").transpose(1, 2).flatten(2)  # (B, Lq, H * D)
-            weights, (q_logits, *target) = rest[:4], rest[4:]
+        def step(q, k, v, mask, q_logits, *target):
+            out = attention(q, k, v, mask, backend="triton")
+            out = out.transpose(1, 2).flatten(2)  # (B, Lq, H * D)
             losses = bellman_cross_entropy(q_logits, *target, 0.3, backend="triton")
-            return out.sum() + latent_block(x, *weights, 2, backend="triton").sum() + losses.sum()
+            return out.sum() + losses.sum()
 
-        (q, k, v), mask = attention_inputs(5, 7, 16)
-        inputs = [q, k, v, mask, *block_inputs(2, 5, 32), *bellman_inputs(3, 11)]
-        differentiable = [x.requires_grad_() for x in map(torch.clone, (inputs[:3] + inputs[4:10]))]
-        inputs = [*differentiable[:3], mask, *differentiable[3:], *inputs[10:]]
+        inputs, mask = attention_inputs(5, 7, 16)
+        q_logits, *target = bellman_inputs(3, 11)
+        learnt = [x.requires_grad_() for x in map(torch.clone, (*inputs, q_logits))]
+        *inputs, q_logits = learnt
         compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-        for ours, eager in zip(
-            torch.autograd.grad(compiled(*inputs), differentiable),
-            torch.autograd.grad(step(*inputs), differentiable),
-        ):
-            torch.testing.assert_close(ours, eager)
+        ours = torch.autograd.grad(compiled(*inputs, mask, q_logits, *target), learnt)
+        eager = torch.autograd.grad(step(*inputs, mask, q_logits, *target), learnt)
+        for one, other in zip(ours, eager, strict=True):
+            torch.testing.assert_close(one, other)
 
     def test_no_plain_path_ran_instead(self, monkeypatch):
         """backend="triton" means it: with the launchers broken, nothing must come back."""
         monkeypatch.setattr(projection, "cross_entropy_kernel", None)
-        monkeypatch.setattr(block, "KERNELS", {})
+        monkeypatch.setattr(attending, "KERNELS", {})
         with pytest.raises(TypeError):
             bellman_cross_entropy(*bellman_inputs(1, 5), 0.0, backend="triton")
         with pytest.raises(KeyError):
-            latent_block(*block_inputs(1, 5, 32), 2, backend="triton")
+            attention(*attention_inputs(5, 7, 16)[0], backend="triton")
 
     @pytest.mark.parametrize("width, dtype, message", [(24, FP32, "not 24"), (16, FP64, "float64")])
     def test_a_limit_is_named(self, width, dtype, message):
@@ -236,11 +231,10 @@ class TestInterpreted:
 
 @needs_triton
 def test_interpreted():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", __file__]
+    flags = ["-q", "-x", "--no-header", "-p", "no:cacheprovider", "-k", "TestInterpreted"]
+    command = [sys.executable, "-m", "pytest", *flags, __file__]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [*command, "-k", "TestInterpreted"], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
     assert " passed" in run.stdout and "skipped" not in run.stdout
 
@@ -248,17 +242,24 @@ def test_interpreted():
 # ---------------------------------------------------------------- compiled
 
 SHARED_KB = {"sm_80": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # sm_80: what 8.6 and 8.9 have
-TENSOR_CORES = {"sm_80": "mma.sync", "sm_90": "wgmma.mma", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+TENSOR_CORES = {
+    "sm_80": "mma.sync",
+    "sm_90": "wgmma.mma",
+    "sm_100": "tcgen05.mma",
+    "gfx942": "v_mfma",
+}
 
 
 @pytest.fixture(scope="module")
 def builds():
     """Every launch of every table, compiled by one process a target: {target: rows}."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
-    command = [sys.executable, "-m", "tests.compile_kernels"]
-    processes = {target: subprocess.Popen([*command, target], **pipes) for target in SHARED_KB}
-    rows = {}
+    environment = dict(os.environ)
+    environment.pop("TRITON_INTERPRET", None)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    processes, rows = {}, {}
+    for target in SHARED_KB:
+        command = [sys.executable, "-m", "tests.compile_kernels", target]
+        processes[target] = subprocess.Popen(command, **pipes, cwd=ROOT, env=environment)
     for target, process in processes.items():
         stdout, stderr = process.communicate()
         assert process.returncode == 0, stderr[-3000:]
@@ -270,13 +271,13 @@ def builds():
 @pytest.mark.parametrize("target", SHARED_KB)
 def test_compiled(builds, target):
     rows = builds[target]
-    # Attention forward, and backward in one pass and in two, per width; six of each of the others.
-    assert len(rows) == (20 if target == "gfx942" else 40) + 6 + 6
+    # Attention forward, and backward in one pass and in two, per width; six of the Bellman target.
+    assert len(rows) == (20 if target == "gfx942" else 40) + 6
     for row in rows:
         assert row["spills"] == 0 and row["stack"] == 0, row
         assert row["shared"] <= SHARED_KB[target] * 1024, row
         multiplies = not row["kernel"].startswith("bellman")
-        tile = [row[side] for side in ("BLOCK_Q", "BLOCK_K", "ROWS") if side in row]
+        tile = [row[side] for side in ("BLOCK_Q", "BLOCK_K") if side in row]
         if row["dtype"] == "torch.float32":
             assert row["instructions"] == [], row  # neither TF32 nor any other tensor core
         elif multiplies and (min(tile) >= 64 or target in ("sm_80", "gfx942")):
@@ -298,8 +299,9 @@ def test_plain_attention_is_the_written_out_softmax(dtype, tolerance):
                 torch.testing.assert_close(out[b, h, i].double(), expected, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("len_q, len_k", [(1, 8), (3, 24), (4, 1), (8, 19), (8, 25)])  # on either side of attention_short's
+@pytest.mark.parametrize("len_q, len_k", [(1, 8), (3, 24), (4, 1), (8, 19), (8, 25)])
 def test_plain_attention_is_the_reference(len_q, len_k):
+    """On either side of the sizes that attention_short takes."""
     inputs, mask = attention_inputs(len_q, len_k, 16)
     for padding in (None, mask):
         results = []
@@ -322,32 +324,29 @@ def test_a_sample_without_keys_gives_zeros_in_plain_pytorch(function, dtype):
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
 
 
-def test_a_latent_block_without_output_weights_is_the_residual():
-    x, ln_weight, ln_bias, qkv_weight, out_weight = block_inputs(2, 5, 32)
-    assert torch.equal(latent_block(x, ln_weight, ln_bias, qkv_weight, 0 * out_weight, 2), x)
-
-
-def test_a_latent_block_with_flat_scores_averages_the_values():
-    """With q = k = 0 and the identity for v and the output, y - x is the mean of the normalised rows."""
-    x, ln_weight, ln_bias, *_ = block_inputs(2, 5, 32)
-    eye = torch.eye(32)
-    y = latent_block(x, ln_weight, ln_bias, torch.cat([0 * eye, 0 * eye, eye]), eye, 2)
-    mean = torch.nn.functional.layer_norm(x, (32,), ln_weight, ln_bias).mean(1, keepdim=True)
-    torch.testing.assert_close(y - x, mean.expand_as(x))
-
-
 def test_project_by_hand():
-    """Atoms 0, 1/4, .., 1. The mass at 1/2 moves to 0.1 + 0.5 * 0.5 = 0.35: 0.6 to 1/4 and 0.4 to 1/2."""
-    probs = torch.tensor([[0.0, 0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 1.0], [0.5, 0.0, 0.0, 0.0, 0.5]])
+    """Atoms 0, 1/4, .., 1. First row: the mass at 1/2 moves to 0.1 + 0.5 * 0.5 = 0.35, between two
+    atoms, of which 1/4 has 0.6 of it and 1/2 has 0.4.
+    """
+    probs = torch.tensor([
+        [0.0, 0.0, 1.0, 0.0, 0.0],
+        [0.0, 0.0, 0.0, 0.0, 1.0],
+        [0.5, 0.0, 0.0, 0.0, 0.5],
+    ])
+    expected = torch.tensor([
+        [0.0, 0.6, 0.4, 0.0, 0.0],
+        [0.0, 0.0, 0.0, 0.0, 1.0],
+        [0.5, 0.0, 0.0, 0.5, 0.0],
+    ])
     shift, scale = torch.tensor([0.1, 5.0, -0.25]), torch.tensor([0.5, 1.0, 1.0])
-    expected = torch.tensor([[0.0, 0.6, 0.4, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 1.0], [0.5, 0.0, 0.0, 0.5, 0.0]])
     torch.testing.assert_close(project(probs, shift, scale), expected)
 
 
 def test_project_keeps_the_mass_and_moves_the_mean():
     _, probs, *_ = (x.double() for x in bellman_inputs(64, 101))
     atoms = torch.linspace(0, 1, 101, dtype=FP64)
-    shift, scale = torch.linspace(0, 0.2, 64, dtype=FP64), torch.linspace(0, 0.8, 64, dtype=FP64)  # no clipping
+    shift = torch.linspace(0, 0.2, 64, dtype=FP64)
+    scale = torch.linspace(0, 0.8, 64, dtype=FP64)  # nothing is clipped
     moved = project(probs, shift, scale)
     torch.testing.assert_close(moved.sum(-1), torch.ones(64, dtype=FP64))
     torch.testing.assert_close(moved @ atoms, shift + scale * (probs @ atoms))
@@ -400,29 +399,29 @@ def test_mistakes_are_named():
         attention(q, k, v[:, :, :5])
     with pytest.raises(ValueError, match="'flash' is unknown"):
         attention(q, k, v, backend="flash")
-    with pytest.raises(ValueError, match="weights' shapes"):
-        latent_block(*block_inputs(2, 5, 32)[:4], torch.zeros(32, 16), 2)
     with pytest.raises(ValueError, match="must be"):
         bellman_cross_entropy(*bellman_inputs(3, 11)[:4], torch.zeros(2), 0.0)
 
 
 @pytest.mark.skipif(triton_support.INTERPRETED, reason="the interpreter takes CPU tensors")
 def test_a_kernel_asked_for_on_a_cpu_is_refused():
-    reason = "needs the package triton" if triton_support.triton is None else "is built for sm_80, sm_90"
+    reason = "needs the package triton" if without_triton else "is built for sm_80, sm_90"
     with pytest.raises(ValueError, match=reason):
         attention(*attention_inputs(4, 6, 16)[0], backend="triton")
 
 
 def test_a_gpu_without_a_kernel_falls_back_with_one_warning():
     triton_support.warn_once.cache_clear()
-    choose = lambda backend: triton_support.use_kernel("attention", backend, torch.device("cuda"), "takes no cats")
-    with pytest.warns(UserWarning, match="plain PyTorch, since the Triton kernel takes no cats") as caught:
-        assert [choose(None), choose(None), choose("plain")] == [False] * 3
+    use_kernel, gpu = triton_support.use_kernel, torch.device("cuda")
+    message = "plain PyTorch, since the Triton kernel takes no cats"
+    with pytest.warns(UserWarning, match=message) as caught:
+        for backend in (None, None, "plain"):
+            assert not use_kernel("attention", backend, gpu, "takes no cats")
     assert len(caught) == 1
     with pytest.raises(ValueError, match="takes no cats"):
-        choose("triton")
-    assert triton_support.use_kernel("attention", None, torch.device("cuda"), None)
-    assert not triton_support.use_kernel("attention", None, torch.device("cpu"), None)
+        use_kernel("attention", "triton", gpu, "takes no cats")
+    assert use_kernel("attention", None, gpu, None)
+    assert not use_kernel("attention", None, torch.device("cpu"), None)
 
 
 def test_without_triton_everything_is_plain():
@@ -433,12 +432,10 @@ sys.modules["triton"] = None  # makes `import triton` raise ImportError
 import torch
 from kernels.attention import attention
 from kernels.categorical_projection import bellman_cross_entropy
-from kernels.latent_block import latent_block
 q = torch.randn(1, 2, 3, 16, requires_grad=True)
 attention(q, q, q).sum().backward()
 probs, one = torch.full((1, 5), 0.2), torch.ones(1)
 bellman_cross_entropy(probs, probs, 0 * one, one, one, 0.5)
-latent_block(torch.randn(1, 3, 32), torch.ones(32), torch.ones(32), torch.randn(96, 32), torch.randn(32, 32), 2)
 try:
     attention(q, q, q, backend="triton")
 except ValueError as error:

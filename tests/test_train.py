@@ -1,8 +1,12 @@
-"""Whole runs: every algorithm end to end, resume to the bit, and what a user sees when something is wrong."""
+"""Whole runs: every algorithm end to end, resumed to the bit, and what a user sees of an error."""
 
+import dataclasses
+import importlib.util
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,13 +14,17 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from eval import find_checkpoint
-from learner import ALGORITHMS
+from checkpoint import LOGGERS, find_checkpoint, read_config
+from learner import ALGORITHMS, RENAMED, LossSettings, settings_for
+from model import SIZES
+
+ROOT = Path(__file__).parent.parent
 
 
 def run(data, out, *flags, steps=20):
-    train.main(["--size", "tiny", "--data", str(data), "--out", str(out), "--steps", str(steps), "--batch-size", "32",
-                "--eval-every", "0", "--episodes", "0", "--log-every", "10", "--save-every", "10", *flags])
+    train.main(["--size", "tiny", "--data", str(data), "--out", str(out), "--steps", str(steps),
+                "--batch-size", "32", "--eval-every", "0", "--episodes", "0", "--log-every", "10",
+                "--save-every", "10", *flags])
 
 
 def tensors(out):
@@ -25,29 +33,95 @@ def tensors(out):
 
 def log(out):
     lines = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    for line in lines:
+        del line["seconds"]
+    return lines
 
 
 def assert_same_end(one, other):
     """To the bit: weights, optimiser, target network, log."""
     a, b = tensors(one), tensors(other)
-    assert a.keys() == b.keys() and [name for name in a if not torch.equal(a[name], b[name])] == []
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
     assert log(one) == log(other)
 
 
+# ---------------------------------------------------------------- the flags are the dataclasses'
+
+@pytest.mark.parametrize("file, table", [("train.py", train.TrainConfig),
+                                         ("learner.py", LossSettings)])
+def test_the_flags_read_as_text_are_the_dataclasses_fields(file, table):
+    read = {name: rest for name, *rest in train.fields_of(file, table.__name__)}
+    fields = {field.name: field for field in dataclasses.fields(table)}
+    assert list(read) == list(fields)
+    for name, (kind, default, comment) in read.items():
+        assert eval(kind) == fields[name].type and comment
+        value = eval(default)
+        assert value == fields[name].default and type(value) is type(fields[name].default)
+
+
+def test_the_names_read_as_text_are_the_tables_keys():
+    assert list(train.names_of("model.py", "SIZES")) == list(SIZES)
+    assert list(train.names_of("learner.py", "ALGORITHMS")) == list(ALGORITHMS)
+    assert list(train.names_of("checkpoint.py", "LOGGERS")) == list(LOGGERS)
+    assert train.names_of("learner.py", "RENAMED") == RENAMED
+
+
+def test_flags_set_their_own_fields():
+    flags = train.parse_args(["--batch-size", "8", "--no-verify", "--data", "a", "b", "--shard",
+                              "--alphas", "1", "0.5", "--learning-rate", "1e-4", "--n-step", "2"])
+    assert flags.run == {"batch_size": 8, "verify": False, "data": ["a", "b"], "shard": True,
+                         "alphas": [1.0, 0.5]}
+    assert flags.loss == {"learning_rate": 1e-4, "n_step": 2}
+    assert (flags.resume, flags.at, flags.dry_run) == (None, None, False)
+
+
+def test_help_shows_every_flag_with_its_comment_and_default(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
+    with pytest.raises(SystemExit):
+        train.parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for name, _, _, comment in train.fields_of("train.py", "TrainConfig"):
+        flag = train.flag(name)
+        assert f"{flag} {name.upper()}" in text or f"{flag}, --no-{flag[2:]}" in text
+        assert comment in text
+    for name, _, default, comment in train.fields_of("learner.py", "LossSettings"):
+        assert f"{train.flag(name)} {name.upper()} {comment} (pac: {default})" in text
+
+
+@pytest.mark.parametrize("command", ["train.py", "eval.py", "prepare.py"])
+def test_a_typing_error_is_answered_before_torch_is_imported(command):
+    script = ("import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
+              "runpy.run_path(sys.argv[0], run_name='__main__')")
+    result = subprocess.run([sys.executable, "-c", script, command, "--sise"], cwd=ROOT,
+                            capture_output=True, text=True)
+    assert result.returncode == 2 and "error: " in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+# ---------------------------------------------------------------- whole runs
+
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_every_algorithm_end_to_end(small_data, tmp_path, algo, capsys):
-    run(small_data, tmp_path / "run", "--algo", algo, "--episodes", "1", "--eval-every", "100", "--eval-episodes", "1",
-        steps=200)
-    out = capsys.readouterr().out
-    assert "IQM over tasks" in out and "Hopper-v5" in out
-    lines = log(tmp_path / "run")
-    assert lines[-1]["update"] == 200 and lines[-1]["policy/clone_loss"] < lines[0]["policy/clone_loss"]
+    out = tmp_path / "run"
+    run(small_data, out, "--algo", algo, "--episodes", "1", "--eval-every", "100",
+        "--eval-episodes", "1", steps=200)
+    printed = capsys.readouterr().out
+    assert "IQM over tasks" in printed and "Hopper-v5" in printed
+    assert f"look closer with: python eval.py {out}" in printed.splitlines()[-1]
+    first, *_, last = log(out)
+    assert last["update"] == 200 and last["policy/clone_loss"] < first["policy/clone_loss"]
     if algo in ("pac", "pacv"):  # the warm-up is over: some actions weigh more than others
-        assert lines[-1]["policy/ess"] < (7.9 if algo == "pac" else 0.99)
-    assert any("eval/Hopper-v5/score" in line for line in lines)
-    summary = json.loads((tmp_path / "run" / "eval.json").read_text())
-    assert summary["act"] == ("improved" if algo == "pac" else "mean")
+        assert last["policy/ess"] < (7.9 if algo == "pac" else 0.99)
+    assert any("eval/Hopper-v5/score" in line for line in log(out))
+    summary = json.loads((out / "eval.json").read_text())
+    assert summary["act"] == settings_for(algo).act
+    assert (out / "curve.png").stat().st_size > 10_000
+
+
+def test_the_curve_is_drawn_without_an_evaluation_too(small_data, tmp_path):
+    run(small_data, tmp_path / "run", steps=10)
+    assert not (tmp_path / "run" / "eval.json").exists()
     assert (tmp_path / "run" / "curve.png").stat().st_size > 10_000
 
 
@@ -60,34 +134,41 @@ def signals():
         signal.signal(number, handler)
 
 
-# Of 40 updates 16 are warm-up. Stops: at its last and its first after it, at a save, at an evaluation, anywhere, at the end.
-@pytest.mark.parametrize("algo, stops", [("bc", [26]), ("pacv", [26, 28]), ("pac", [20, 25, 28, 29, 33, 40])])
+# Of 40 updates 16 are warm-up. Stops: at its last and its first after it, at a save, at an
+# evaluation, anywhere, at the end.
+@pytest.mark.parametrize("algo, stops", [("bc", [26]), ("pacv", [26, 28]),
+                                         ("pac", [20, 25, 28, 29, 33, 40])])
 def test_resume_continues_to_the_bit(small_data, tmp_path, algo, stops, monkeypatch, signals):
     flags = ["--algo", algo, "--eval-every", "25", "--eval-episodes", "1"]
     run(small_data, tmp_path / "whole", *flags, steps=40)
-    update = train.Learner.update
+    update, out, left = train.Learner.update, tmp_path / "parts", list(stops)
 
     def interrupted(learner, *args):  # a stop during an update, as Ctrl-C makes it
-        if stops and learner.updates == stops[0] - 1:
-            stops.pop(0)
+        if left and learner.updates == left[0] - 1:
+            left.pop(0)
             os.kill(os.getpid(), signal.SIGINT)
         return update(learner, *args)
 
     monkeypatch.setattr(train.Learner, "update", interrupted)
-    out = tmp_path / "parts"
-    while stops:
-        stop, ahead = stops[0], "--prefetch" if len(stops) % 2 else "--no-prefetch"  # the order of batches is the same
+    for number, stop in enumerate(stops):
+        ahead = "--prefetch" if number % 2 else "--no-prefetch"  # the order of batches is the same
         with pytest.raises(SystemExit) as stopped:
-            train.main(["--resume", str(out), ahead]) if (out / "config.json").exists() else \
+            if number == 0:
                 run(small_data, out, *flags, ahead, steps=40)
-        assert stopped.value.code == 128 + signal.SIGINT and int(find_checkpoint(out).name) == stop
+            else:
+                train.main(["--resume", str(out), ahead])
+        assert stopped.value.code == 128 + signal.SIGINT
+        assert int(find_checkpoint(out).name) == stop
+    before = (out / "metrics.jsonl").read_text()
     train.main(["--resume", str(out)])
+    assert (out / "metrics.jsonl").read_text().startswith(before)
     assert_same_end(tmp_path / "whole", out)
 
 
 # ---------------------------------------------------------------- bad input: one line, exit code 2
 
 def refused(capsys, *flags):
+    """The last line that a command writes which ends with exit code 2."""
     with pytest.raises(SystemExit) as error:
         train.main([str(flag) for flag in flags])
     assert error.value.code == 2
@@ -96,58 +177,122 @@ def refused(capsys, *flags):
     return message.splitlines()[-1]
 
 
-def test_unknown_names_list_the_known(capsys, small_data, tmp_path):
-    assert "there are: tiny, small" in refused(capsys, "--size", "huge")
-    assert "there are: bc, fc, bcq, pac, pacv" in refused(capsys, "--algo", "dqn")
+@pytest.fixture
+def new(small_data, tmp_path):
+    """Flags of a new run in tmp_path / "run"."""
+    return ["--size", "tiny", "--data", small_data, "--out", tmp_path / "run"]
+
+
+@pytest.fixture
+def done(small_data, tmp_path):
+    """The folder of a run of ten updates."""
+    run(small_data, tmp_path / "run", steps=10)
+    return tmp_path / "run"
+
+
+def test_unknown_names_list_the_known(capsys, new, tmp_path):
+    message = refused(capsys, "--size", "huge")
+    assert all(f"'{size}'" in message for size in SIZES)
+    message = refused(capsys, "--algo", "dqn")
+    assert all(f"'{algo}'" in message for algo in ALGORITHMS) and "'fc'" not in message
     assert "no task 'Ant-v5'; there are: Hopper-v5, Reacher-v5" in refused(
-        capsys, "--data", small_data, "--tasks", "Ant-v5", "--out", tmp_path / "run")
+        capsys, *new, "--tasks", "Ant-v5")
     assert "unrecognized arguments: --sise" in refused(capsys, "--sise", "tiny")
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("flag", ["--batch-size", "--accumulate", "--pool", "--samples", "--n-step"])
-def test_a_count_below_one_is_refused(capsys, small_data, tmp_path, flag):
-    assert f"{flag} 0: it has to be 1 at the least" in refused(capsys, "--data", small_data, "--out", tmp_path / "run", flag, "0")
+@pytest.mark.parametrize("old", RENAMED)
+def test_an_old_algorithm_is_refused_with_its_new_name(capsys, new, tmp_path, old):
+    assert f"'{old}' is called '{RENAMED[old]}' now" in refused(capsys, *new, "--algo", old)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flag", ["--batch-size", "--accumulate", "--pool", "--samples",
+                                  "--n-step"])
+def test_a_count_below_one_is_refused(capsys, new, tmp_path, flag):
+    assert f"{flag} 0: it has to be 1 at the least" in refused(capsys, *new, flag, "0")
     assert not (tmp_path / "run").exists()
 
 
 def test_missing_data_says_how_to_make_it(capsys, tmp_path):
-    assert "python data.py build" in refused(capsys, "--data", tmp_path / "none", "--out", tmp_path / "run")
+    flags = ["--data", tmp_path / "none", "--out", tmp_path / "run"]
+    assert "python prepare.py build" in refused(capsys, *flags)
 
 
-def test_a_folder_in_use_is_left_alone(capsys, small_data, tmp_path):
-    run(small_data, tmp_path / "run", steps=10)
-    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    assert "is in use" in refused(capsys, "--data", small_data, "--out", tmp_path / "run")
-    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_resume_names_the_flag_that_differs(capsys, small_data, tmp_path):
-    run(small_data, tmp_path / "run", steps=10)
-    assert "--batch-size 32, not 64" in refused(capsys, "--resume", tmp_path / "run", "--batch-size", "64")
-    assert "--eta 2.0, not 0.9" in refused(capsys, "--resume", tmp_path / "run", "--eta", "0.9")
+def test_a_folder_in_use_is_left_alone(capsys, done, new):
+    before = contents(done)
+    assert "is in use" in refused(capsys, *new)
+    assert before == contents(done)
 
 
-def test_a_damaged_checkpoint_is_named(capsys, small_data, tmp_path):
-    run(small_data, tmp_path / "run", steps=10)
-    path, = (tmp_path / "run" / "checkpoints").glob("*/*.safetensors")
+def test_resume_names_the_flag_that_differs(capsys, done):
+    assert "--batch-size 32, not 64" in refused(capsys, "--resume", done, "--batch-size", "64")
+    assert "--eta 2.0, not 0.9" in refused(capsys, "--resume", done, "--eta", "0.9")
+    assert "--at goes with --resume" in refused(capsys, "--at", "10")
+
+
+def test_a_damaged_checkpoint_is_named(capsys, done):
+    path, = (done / "checkpoints").glob("*/*.safetensors")
     path.write_bytes(path.read_bytes()[:-100])
-    assert f"{path} is damaged" in refused(capsys, "--resume", tmp_path / "run")
+    assert f"{path} is damaged" in refused(capsys, "--resume", done)
 
 
-def test_a_checkpoint_of_another_size_is_refused(capsys, small_data, tmp_path):
-    run(small_data, tmp_path / "run", steps=10)
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
+def test_a_checkpoint_of_another_size_is_refused(capsys, done):
+    config = read_config(done)
     config["train"]["size"] = "small"
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    assert "another configuration" in refused(capsys, "--resume", tmp_path / "run")
+    (done / "config.json").write_text(json.dumps(config))
+    assert "another configuration" in refused(capsys, "--resume", done)
+
+
+def test_a_run_of_another_format_is_refused(capsys, done):
+    config = read_config(done)
+    del config["format"]
+    (done / "config.json").write_text(json.dumps(config))
+    assert "has format None, but this code reads" in refused(capsys, "--resume", done)
 
 
 def test_no_run_to_resume(capsys, tmp_path):
     assert "not a run's folder" in refused(capsys, "--resume", tmp_path)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
-def test_no_write_permission(capsys, small_data, tmp_path):
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write")
+def test_no_write_permission(capsys, new, tmp_path):
     tmp_path.chmod(0o500)
-    assert "Permission denied" in refused(capsys, "--size", "tiny", "--data", small_data, "--out", tmp_path / "run")
+    assert "Permission denied" in refused(capsys, *new)
+
+
+# ---------------------------------------------------------------- other loggers
+
+def pretend(monkeypatch, installed):
+    """As if the loggers' packages were installed, or as if they were not."""
+    find_spec = importlib.util.find_spec
+
+    def found(name, *args):
+        return installed if name in LOGGERS else find_spec(name, *args)
+
+    monkeypatch.setattr(importlib.util, "find_spec", found)
+
+
+@pytest.mark.parametrize("name", LOGGERS)
+def test_a_logger_that_is_not_installed_is_named_before_anything_is_written(
+        capsys, new, tmp_path, monkeypatch, name):
+    pretend(monkeypatch, False)
+    assert f"--log {name} needs `pip install {name}`" in refused(capsys, *new, "--log", name)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_logger_is_refused_with_the_known(capsys, new):
+    message = refused(capsys, *new, "--log", "tensorbord")
+    assert all(name in message for name in LOGGERS)
+
+
+def test_loggers_get_what_metrics_jsonl_gets(small_data, tmp_path, monkeypatch):
+    pretend(monkeypatch, True)
+    seen = []
+    monkeypatch.setitem(LOGGERS, "wandb", lambda run: lambda *line: seen.append(line))
+    run(small_data, tmp_path / "run", "--log", "wandb")
+    assert seen == [(line.pop("update"), line) for line in log(tmp_path / "run")]

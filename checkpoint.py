@@ -1,0 +1,248 @@
+"""A run's folder: its configuration and checkpoints, written whole, verified, restored, found.
+
+    runs/pac-small-0/
+        config.json              the flags, the settings of the loss, the model, the tasks
+        metrics.jsonl            a line every --log-every updates
+        checkpoints/000010000/   tensors as safetensors, a file from each rank, and checkpoint.json
+        eval.json, curve.png     at the end
+
+A checkpoint counts when it is renamed to its update's number, which is done last. checkpoint.json
+holds the checksums of its files. torch's distributed checkpoints are stored as safetensors: no
+pickle is ever read.
+"""
+
+import json
+import os
+import shutil
+import time
+import warnings
+import zlib
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+
+import parallel
+from data import write_file
+from model import ModelConfig, Perceiver
+
+FORMAT = 3  # of a run's config.json and checkpoints
+# One process may read a checkpoint of several.
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
+
+
+class RunError(Exception):
+    """Something is wrong with a run's folder; the message says what, and what to do."""
+
+
+# ---------------------------------------------------------------- finding and verifying
+
+def read_config(run):
+    try:
+        config = json.loads(Path(run, "config.json").read_text())
+    except FileNotFoundError:
+        raise RunError(f"{run}: not a run's folder (config.json is missing)") from None
+    except json.JSONDecodeError as error:
+        raise RunError(f"{run}/config.json is damaged: {error}") from None
+    if config.get("format") != FORMAT:
+        raise RunError(f"{run}/config.json has format {config.get('format')}, but this code reads "
+                       f"format {FORMAT}: train it again, or use the version that made it")
+    return config
+
+
+def checkpoints(run):
+    """A run's checkpoints, oldest first: folders named after their update."""
+    return sorted(path for path in Path(run, "checkpoints").glob("*") if path.name.isdecimal())
+
+
+def find_checkpoint(run, update=None):
+    """The path of a run's newest checkpoint, or of that of an update; RunError if there is none."""
+    found = {int(path.name): path for path in checkpoints(run)}
+    if not found:
+        raise RunError(f"{run}: no checkpoint in {run}/checkpoints; train with "
+                       f"`python train.py --out {run}`")
+    if update is None:
+        return found[max(found)]
+    if update not in found:
+        known = ", ".join(map(str, found))
+        raise RunError(f"{run}: no checkpoint of update {update}; there are: {known}")
+    return found[update]
+
+
+def crc32(path):
+    checksum = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(2**24):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
+def verify(path):
+    """Read a checkpoint's every byte; RunError names the file that is not what was written."""
+    run = path.parent.parent
+    older = [int(other.name) for other in checkpoints(run) if other.name < path.name]
+    advice = "there is none before it"
+    if older:
+        advice = f"the one before it is used if you ask for it: --resume {run} --at {older[-1]}"
+    try:
+        stored = json.loads((path / "checkpoint.json").read_text())
+        if stored["format"] != FORMAT or stored["updates"] != int(path.name):
+            raise RunError(f"{path}/checkpoint.json is of another format or update; {advice}")
+        for name, checksum in stored["crc32"].items():
+            with open(path / name, "rb") as file:
+                if file.read(9)[8:] != b"{":  # what every safetensors file has there, and no pickle
+                    raise RunError(f"{path / name} is not a safetensors file; if it is a pickle, "
+                                   f"reading it could run anything: refused unread; {advice}")
+            if crc32(path / name) != checksum:
+                raise RunError(f"{path / name} is damaged: its checksum is wrong; {advice}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path}/checkpoint.json, or a file it lists, is damaged ({error!r}); "
+                       f"{advice}") from None
+
+
+# ---------------------------------------------------------------- reading
+
+def load_tensors(path, into):
+    """Fill the dict of tensors `into`, whole or sharded, from a checkpoint of any number of ranks.
+
+    RunError on any mismatch.
+    """
+    try:
+        stored = dcp.HuggingFaceStorageReader(path).read_metadata().state_dict_metadata
+        for name, tensor in into.items():
+            shape = tuple(stored[name].size) if name in stored else "no such tensor"
+            if shape != tuple(tensor.shape):
+                raise RunError(f"{path}: {name}: {shape} in the checkpoint, but "
+                               f"{tuple(tensor.shape)} in the model of config.json: "
+                               "the checkpoint is of another configuration")
+        dcp.load(into, storage_reader=dcp.HuggingFaceStorageReader(path))
+    except (SafetensorError, OSError, dcp.api.CheckpointException) as error:
+        raise RunError(f"{path}: the checkpoint cannot be read ({error})") from None
+
+
+def load_run(run, device="cpu"):
+    """A run's folder -> (the averaged model theta', config). Neither data nor pickles are read."""
+    config = read_config(run)
+    model = Perceiver(ModelConfig(**config["model"])).to(device)
+    path = find_checkpoint(run)
+    verify(path)
+    load_tensors(path, {f"target.{name}": tensor for name, tensor in model.state_dict().items()})
+    return model.eval(), config
+
+
+def learner_tensors(learner):
+    """Every tensor that the run's future depends on, by name; restore and save share this list."""
+    tensors = {}
+    for prefix, model in (("model", learner.model), ("target", learner.target_model)):
+        for name, tensor in model.state_dict().items():
+            tensors[f"{prefix}.{name}"] = tensor
+    for name, parameter in learner.model.named_parameters():
+        for key, value in learner.optimizer.state[parameter].items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    return tensors
+
+
+def restore(path, learner):
+    """Make a learner what it was when the checkpoint was saved."""
+    if parallel.RANK == 0:
+        verify(path)
+    load_tensors(path, learner_tensors(learner))
+    learner.updates = int(path.name)
+
+
+# ---------------------------------------------------------------- writing
+
+def save(run, learner, keep):
+    """Write checkpoints/UPDATE whole or not at all, then drop all but the `keep` newest.
+
+    Every rank takes part.
+    """
+    path = Path(run, "checkpoints", f"{learner.updates:09d}")
+    partial = path.with_suffix(".partial")
+    try:
+        if parallel.RANK == 0:
+            for leftover in path.parent.glob("*.*"):
+                shutil.rmtree(leftover)
+            partial.mkdir(parents=True, exist_ok=True)
+        tensors = learner_tensors(learner)
+        tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        writer = dcp.HuggingFaceStorageWriter(partial, save_distributed=True)  # it calls fsync
+        dcp.save(tensors, storage_writer=writer)
+        if parallel.RANK == 0:
+            finish(run, path, partial, learner.updates, keep)
+    except (OSError, dcp.api.CheckpointException) as error:
+        if isinstance(error, dcp.api.CheckpointException):
+            error = next(iter(error.failures.values()))[0]
+        raise RunError(f"{path} could not be written ({error}); older checkpoints are as they "
+                       "were. Free some space or mend the folder's permissions, then: "
+                       f"python train.py --resume {run}") from None
+
+
+def finish(run, path, partial, updates, keep):
+    """Add the checksums to what was written, make it count, and drop old checkpoints."""
+    checksums = {file.name: crc32(file) for file in sorted(partial.glob("*.safetensors"))}
+    content = {"format": FORMAT, "updates": updates, "crc32": checksums}
+    write_file(partial / "checkpoint.json", json.dumps(content, indent=2) + "\n")
+    if path.exists():  # after --at, the same updates are made again
+        path.rename(path.with_suffix(".old"))
+    partial.rename(path)
+    older = [other for other in checkpoints(run) if other.name < path.name]
+    for old in older[:max(0, len(older) + 1 - keep)]:
+        shutil.rmtree(old.rename(old.with_suffix(".old")))
+
+
+# ---------------------------------------------------------------- the log
+
+class Log:
+    """metrics.jsonl, on rank 0, and the loggers asked for."""
+
+    def __init__(self, run, updates, loggers):
+        """updates: those of the checkpoint that the run goes on from; later lines are dropped."""
+        path = run / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
+        kept = [line for line in lines if json.loads(line)["update"] <= updates]
+        seconds = json.loads(kept[-1])["seconds"] if kept else 0
+        self.began = time.time() - seconds
+        self.loggers = []
+        if parallel.RANK > 0:
+            path = Path(os.devnull)
+        else:
+            write_file(path, "".join(kept))
+            self.loggers = [LOGGERS[name](run) for name in loggers or ()]
+        self.file = open(path, "a")
+
+    def write(self, update, metrics):
+        line = {"update": update, "seconds": round(time.time() - self.began, 2), **metrics}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        for logger in self.loggers:
+            logger(update, metrics)
+
+    def sync(self):
+        if parallel.RANK == 0:
+            os.fsync(self.file.fileno())
+
+
+def tensorboard(run):
+    from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(run / "tensorboard")
+
+    def write(update, metrics):
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, update)
+        writer.flush()
+
+    return write
+
+
+def wandb(run):
+    import wandb
+    logged = wandb.init(project="pac", name=run.name, id=run.name, resume="allow", dir=run,
+                        config=read_config(run))
+    return lambda update, metrics: logged.log(metrics, step=update)
+
+
+# By the packages they need.
+LOGGERS = {"tensorboard": tensorboard, "wandb": wandb}

@@ -1,0 +1,330 @@
+"""Data sets in and out: made, converted, mixed, described, checked.
+
+    python prepare.py build                         the default data, of the policies in behaviors/
+    python prepare.py import hopper.hdf5 datasets/own --env-id Hopper-v5
+    python prepare.py export datasets/own/Hopper-v5 hopper.hdf5
+    python prepare.py mix datasets/both datasets/levels datasets/own --shares 1 0.5
+    python prepare.py info datasets/switching       what is in a data set
+    python prepare.py verify datasets/switching     check every byte of it
+
+`import` and `export` know .hdf5 files as D4RL's, folders of .npz files, and minari:ID.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from behaviors import PARTS, SHARES, TASKS, TRANSITIONS
+
+DATASETS = Path("datasets")
+DEFAULT_SETS = {DATASETS: TRANSITIONS, DATASETS / "tiny": 20_000}  # transitions a task and part
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    build = commands.add_parser("build", help="make the default data set (what is missing of it)")
+    build.add_argument("--out", type=Path, default=DATASETS, help="folder (default: %(default)s)")
+    build.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="default: all")
+    build.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, metavar="TASK")
+    build.add_argument("--transitions", type=int, default=TRANSITIONS,
+                       help="a task and part (default: %(default)s)")
+    build.add_argument("--shares", type=float, nargs=len(SHARES), default=list(SHARES.values()),
+                       metavar="SHARE", help=f"of {', '.join(SHARES)} (default: %(default)s)")
+    build.add_argument("--discount", type=float, default=0.99,
+                       help="of the returns to go (default: %(default)s)")
+    build.add_argument("--seed", type=int, default=0)
+
+    read = commands.add_parser("import", help="make a task of a data set in another format")
+    read.add_argument("source", help="minari:ID, an .hdf5 file as D4RL's, a folder of .npz files")
+    read.add_argument("out", type=Path, help="data set to put it in")
+    read.add_argument("--env-id", help="the environment (default: what a Minari set says)")
+    read.add_argument("--task", help="its name in the data set (default: the environment's)")
+    read.add_argument("--instruction", help="what the model reads (default: the environment's id)")
+    read.add_argument("--discount", type=float, default=0.99,
+                      help="of the returns to go (default: %(default)s)")
+    read.add_argument("--reference", type=float, nargs=2, metavar=("RANDOM", "EXPERT"),
+                      help="returns that score 0 and 1 (default: scores are returns)")
+
+    write = commands.add_parser("export", help="write a task in another format")
+    write.add_argument("task", type=Path, help="such as datasets/switching/Hopper-v5")
+    write.add_argument("target", help="minari:ID, a new .hdf5 file, or a new folder for .npz files")
+
+    mix = commands.add_parser("mix", help="make one data set of some of the episodes of several")
+    mix.add_argument("out", type=Path, help="a new data set")
+    mix.add_argument("sources", type=Path, nargs="+", help="data sets")
+    mix.add_argument("--shares", type=float, nargs="+",
+                     help="of each source's episodes (default: all)")
+    mix.add_argument("--seed", type=int, default=0, help="of which episodes (default: %(default)s)")
+
+    texts = {"info": "what is in a data set", "verify": "read every byte and check it"}
+    for name, text in texts.items():
+        look = commands.add_parser(name, help=text)
+        look.add_argument("folder", type=Path)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # before the imports below, which take seconds: errors are answered at once
+
+import os
+import shutil
+import zlib
+from contextlib import contextmanager
+
+import numpy as np
+
+import envs
+from behaviors import INSTRUCTIONS, collect, formats
+from data import RETURN, DataError, Task, append, only_writer, progress, row_width
+
+# What sources of one task must agree on.
+MUST_AGREE = ("env_id", "obs_dim", "action_dim", "action_low", "action_high", "discount")
+
+
+@contextmanager
+def new_target(target):
+    """A path beside `target` to write to, renamed at the end: half a thing is never believed."""
+    target = Path(target)
+    if target.exists():
+        raise DataError(f"{target} exists already: delete it, or choose another name")
+    with only_writer(target.parent):
+        partial = target.with_name(f".{target.name}.partial")
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        partial.unlink(missing_ok=True)
+        yield partial
+        os.replace(partial, target)
+
+
+# ---------------------------------------------------------------- opened
+
+def open_tasks(folder, names=None):
+    """The tasks of a data set, those in `names` or all, in the order given (or of their names)."""
+    folder = Path(folder)
+    found = [path.parent.name for path in folder.glob("*/meta.json")]
+    found = sorted(name for name in found if not name.startswith("."))
+    if not found:
+        raise DataError(f"{folder}: no data set here; `python prepare.py build` makes the default "
+                        f"one in {DATASETS}/")
+    for name in names or ():
+        if name not in found:
+            raise DataError(f"{folder}: no task {name!r}; there are: {', '.join(found)}")
+    return [Task(folder / name) for name in names or found]
+
+
+def open_sources(folders, names=None, weights=None, alphas=None, check=True):
+    """Several data sets as keyword arguments of Sampler: their tasks, how often each is drawn, its
+    alpha.
+
+    weights, alphas: one for each folder; a folder's tasks are drawn equally. check: read every
+    byte.
+    """
+    tasks, of_tasks, alphas_of_tasks = [], [], []
+    for number, folder in enumerate(map(Path, folders)):
+        opened = open_tasks(folder, names)
+        tasks += opened
+        of_tasks += [(weights[number] if weights else 1) / len(opened)] * len(opened)
+        if alphas:
+            alphas_of_tasks += [alphas[number]] * len(opened)
+    if check:
+        verify(tasks)
+    return dict(tasks=tasks, weights=of_tasks, alphas=alphas_of_tasks or None)
+
+
+def merged_metas(tasks):
+    """One meta for each name among the tasks; of several sources, with the range of all returns"""
+    metas = {}
+    for task in tasks:
+        meta = {"name": task.name, **task.meta}
+        for key in ("rows", "checksum", "return"):
+            del meta[key]
+        one = metas.setdefault(task.name, meta)
+        if one is meta:
+            continue
+        for key in MUST_AGREE:
+            if one[key] != meta[key]:
+                raise DataError(f"{task.folder}/meta.json: {key} is {meta[key]}, but {one[key]} in "
+                                "another source")
+        ranges = one["return_to_go"] + meta["return_to_go"]
+        one["return_to_go"] = [min(ranges), max(ranges)]
+        one["transitions"] += meta["transitions"]
+        one["episodes"] += meta["episodes"]
+    return list(metas.values())
+
+
+def verify(tasks):
+    """Read every byte; a DataError names the file, and the episode and step of a bad number."""
+    total = sum(task.meta["transitions"] for task in tasks)
+    with progress(total=total, unit="step", unit_scale=True, desc="verify", delay=2) as bar:
+        for task in tasks:
+            start, length = task.episodes["start"], task.episodes["length"]
+            ends = np.cumsum(length + 1)
+            in_order = start[0] == 0 and (start[1:] == ends[:-1]).all()
+            if length.min() < 1 or not in_order or ends[-1] != task.meta["rows"]:
+                raise task.fault("episodes.npy", "the episodes do not cover the rows")
+            for number in range(len(task.episodes)):
+                verify_episode(task, number)
+                bar.update(int(length[number]))
+
+
+def verify_episode(task, number):
+    rows, where = task.episode_rows(number), f"task {task.name}, episode {number}"
+    if zlib.crc32(rows) != task.episodes["checksum"][number]:
+        bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+        if len(bad):
+            raise task.fault("rows.bin", f"{where}, step {bad[0]}: a number is not finite")
+        what = f"{where}: wrong checksum: the file was changed since it was written"
+        raise task.fault("rows.bin", what)
+    low, high = task.meta["return_to_go"]
+    if not low <= rows[:-1, RETURN].min() <= rows[:-1, RETURN].max() <= high:
+        what = f"{where}: its returns leave the bounds of meta.json, {low} to {high}"
+        raise task.fault("rows.bin", what)
+
+
+# ---------------------------------------------------------------- the default data set
+
+def default_folder(size):
+    """The data that a model of this size is trained on if none is named."""
+    return DATASETS / ("tiny" if size == "tiny" else "") / "switching"
+
+
+def default_metas(names=None):
+    """The metas of the default tasks before there is any data."""
+    metas = []
+    for name in names or TASKS:
+        meta = envs.describe(name, INSTRUCTIONS[name])
+        metas.append({**meta, "name": name, "return_to_go": [0, 1]})
+    return metas
+
+
+def build_default(folder, names=None):
+    """Make what is missing of a default data set; leave other folders alone."""
+    if folder.parent in DEFAULT_SETS and folder.name in PARTS:
+        build(folder.parent, [folder.name], names or TASKS, DEFAULT_SETS[folder.parent])
+
+
+def build(folder=DATASETS, parts=PARTS, tasks=TASKS, transitions=TRANSITIONS, shares=SHARES, seed=0,
+          discount=0.99):
+    """Make the missing tasks of the default data set: folder/part/task, a function of the seed."""
+    wanted = [(part, task) for part in parts for task in tasks]
+    wanted = [pair for pair in wanted if not Path(folder, *pair).exists()]
+    if not wanted:
+        return
+    total = len(wanted) * transitions
+    bar = progress(total=total, unit="step", unit_scale=True, desc="data")
+    with collect.processes() as pool, bar:
+
+        def episodes(jobs):
+            for block in pool.imap(collect.play_block, jobs):
+                for episode in block:
+                    bar.update(min(len(episode.reward), total - bar.n))  # the last ones are longer
+                    yield episode
+
+        for part, task in wanted:
+            bar.set_postfix_str(f"{part}/{task}")
+            meta = envs.describe(task, INSTRUCTIONS[task], discount, collect.reference(task))
+            jobs = collect.jobs_of(task, part, transitions, shares, seed)
+            with new_target(Path(folder, part, task)) as partial:
+                append(partial, episodes(jobs), meta)
+        bar.update(total - bar.n)
+
+
+# ---------------------------------------------------------------- the commands
+
+
+def run_build(args):
+    if abs(sum(args.shares) - 1) > 1e-6:
+        raise DataError(f"--shares add up to {sum(args.shares)}, not 1")
+    shares = dict(zip(SHARES, args.shares))
+    build(args.out, args.part, args.tasks, args.transitions, shares, args.seed, args.discount)
+    print(f"the data is in {', '.join(str(args.out / part) for part in args.part)}")
+
+
+def run_import(args):
+    read, what = formats.reader(args.source)
+    env_id = args.env_id or formats.env_id_of(read, what)
+    if not env_id:
+        raise DataError(f"{args.source} does not name its environment: give --env-id, such as "
+                        "--env-id Hopper-v5")
+    reference = dict(zip(("random", "expert"), args.reference)) if args.reference else None
+    meta = envs.describe(env_id, args.instruction or env_id, args.discount, reference)
+    target = args.out / (args.task or env_id.replace("/", "-").replace(":", "-"))
+    with new_target(target) as partial:
+        episodes = progress(read(what), desc="import", unit="episode", delay=2)
+        append(partial, episodes, meta, args.source)
+    print(f"wrote {target}")
+
+
+def run_export(args):
+    task = Task(args.task)
+    if args.target.startswith("minari:"):
+        formats.write_minari(task, args.target.removeprefix("minari:"))
+    else:
+        write = formats.write_npz
+        if Path(args.target).suffix in (".hdf5", ".h5"):
+            write = formats.write_hdf5
+        with new_target(args.target) as partial:
+            write(task, partial)
+    print(f"wrote {args.target}")
+
+
+def run_mix(args):
+    """A share of each source's episodes, without replacement; meta.json says what was drawn."""
+    shares = args.shares or [1.0] * len(args.sources)
+    if len(shares) != len(args.sources) or not all(0 < share <= 1 for share in shares):
+        raise DataError(f"--shares {shares}: one for each of the {len(args.sources)} data sets, "
+                        "above 0 and at most 1")
+    sources = []
+    for folder, share in zip(args.sources, shares):
+        sources += [(task, share) for task in open_tasks(folder)]
+    rng = np.random.default_rng(args.seed)
+    with new_target(args.out) as partial:
+        for merged in merged_metas([task for task, _ in sources]):
+            kept = []
+            for task, share in sources:
+                if task.name == merged["name"]:
+                    count = max(1, round(share * len(task.episodes)))
+                    kept.append((task, np.sort(rng.permutation(len(task.episodes))[:count])))
+            drawn = [{"folder": str(task.folder), "episodes": len(some)} for task, some in kept]
+            meta = {**kept[0][0].meta, "rows": 0, "return_to_go": None, "sources": drawn}
+            total = sum(len(some) for _, some in kept)
+            episodes = (task.episode(number) for task, some in kept for number in some)
+            bar = progress(episodes, desc="mix", unit="episode", total=total, delay=2)
+            append(partial / merged["name"], bar, meta)
+    print(f"wrote {args.out}")
+
+
+def run_info(args):
+    """`info` and `verify`: a line a task."""
+    for task in open_tasks(args.folder):
+        checked = ""
+        if args.command == "verify":
+            verify([task])
+            checked = ", every byte checked"
+        meta, returns = task.meta, task.meta["return"]
+        print(f"{task.name:<28} {meta['episodes']:>7,} episodes {meta['transitions']:>11,} "
+              f"transitions   return {returns['mean']:.0f} ± {returns['std']:.0f}, best {returns['max']:.0f}   "
+              f"obs {meta['obs_dim']}, action {meta['action_dim']}{checked}")
+        rest = task.map.size() - meta["rows"] * row_width(meta) * 4
+        if rest:
+            print(f"  ignored: {rest:,} bytes at the end of rows.bin, of a writer that was killed")
+
+
+COMMANDS = {"build": run_build, "import": run_import, "export": run_export, "mix": run_mix,
+            "info": run_info, "verify": run_info}
+
+
+def main(argv=None, args=None):
+    args = args or parse_args(argv)
+    try:
+        COMMANDS[args.command](args)
+    except DataError as error:
+        print(f"prepare.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main(args=ARGS)

@@ -1,0 +1,172 @@
+"""What each part of PAC is worth: runs with one of them changed, and their table.
+
+    python -m studies.ablations                 the runs that are missing, then the table
+    python -m studies.ablations --only token    one of them
+    python -m studies.ablations --table         no runs: the table from results/ablations.csv
+
+Single runs of half the default's updates: leads, no results. A change that no flag makes is a few
+lines here, put over model.py and learner.py in a process of its own.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+import learner
+import model
+import train
+from behaviors import PARTS, TASKS
+from checkpoint import read_config
+from model import Shared
+from studies import print_table
+from studies.ladder import Table, at_a_time, new_parser, result_of, rows_of, start_or_resume
+
+COLUMNS = ("data", "ablation", "updates", "episodes", "seed", "task", "score", "iqm")
+UPDATES, EPISODES, SEED = 5_000, 10, 0
+
+
+# ---------------------------------------------------------------- changes
+
+def action_as_token():
+    """The action is one more input token, so that every action has latents of its own."""
+    encode = model.Perceiver.encode
+
+    def encode_and_keep(self, obs, task):
+        self.obs = obs
+        return encode(self, obs, task)
+
+    def q(self, _, action, task):
+        B, N, _ = action.shape
+        tasks = task.repeat_interleave(N)  # (B N,)
+        (tokens, words), mask = self.inputs(self.obs, task)
+        tokens = tokens[:, None].expand(-1, N, -1, -1)  # (B, N, obs_tokens, W)
+        tokens = torch.cat([self.action_encoder(action, task), tokens], dim=2).flatten(0, 1)
+        mask = F.pad(mask, (1, 0), value=True).repeat_interleave(N, 0)
+        queries, words = Shared(self.latents, tasks), Shared(words.table, tasks)
+        latents = self.encoder(queries, tokens, words, mask=mask)  # (B N, L, W)
+        for block in self.blocks:
+            latents = block(latents)
+        read = self.q_decoder(Shared(self.v_query, tasks), latents)
+        return self.q_head(read).view(B, N, -1).float()
+
+    model.Perceiver.encode = encode_and_keep
+    model.Perceiver.q = q
+
+
+def no_scales():
+    """A scalar is given as itself alone."""
+    model.SCALES = ()
+
+
+def raw():
+    """Observations as they are, without the data's mean and standard deviation."""
+    start_at = learner.Learner.start_at
+
+    def start_unscaled(self, batch):
+        start_at(self, batch)
+        for part in (self.model, self.target_model):
+            part.obs_mean.zero_()
+            part.obs_std.fill_(1)
+
+    learner.Learner.start_at = start_unscaled
+
+
+def two_atoms():
+    """With atoms at 0 and 1 alone a distribution is its mean: logistic regression of a value."""
+    model.SIZES["small"]["atoms"] = 2
+
+
+def squared_error():
+    """A scalar value, fitted by least squares."""
+    two_atoms()
+
+    def loss(logits, next_probs, shift, bootstrap, observed, mc_share):
+        bootstrapped = (shift + bootstrap * next_probs[:, 1]).clamp(0, 1)
+        target = mc_share * observed + (1 - mc_share) * bootstrapped
+        return (torch.softmax(logits, dim=-1)[:, 1] - target).square()  # (B,)
+
+    learner.bellman_cross_entropy = loss
+
+
+class Ablation(NamedTuple):
+    words: str  # PAC with ...
+    changes: tuple = ()  # functions that make it
+    flags: tuple = ()  # of train.py
+
+
+ABLATIONS = {
+    "recipe": Ablation("the recipe"),
+    "focus0": Ablation("all of the data cloned alike: focus 0", flags=("--focus", 0)),
+    "alpha0": Ablation("no cloning after the warm-up: alpha 0", flags=("--alpha", 0)),
+    "never": Ablation(
+        "no cloning at all: alpha 0, no warm-up", flags=("--alpha", 0, "--warmup", 0)),
+    "td": Ablation("temporal differences alone after the warm-up: Monte-Carlo share 0",
+                   flags=("--mc-share", 0)),
+    "logistic": Ablation("a scalar critic, by logistic regression", (two_atoms,)),
+    "squared": Ablation(
+        "a scalar critic, by squared error; beta 30", (squared_error,), ("--beta", 30)),
+    "standardised": Ablation("standardised scalars alone, without tanh(c x)", (no_scales,)),
+    "multiscale": Ablation(
+        "the multi-scale normaliser of raw scalars, as the paper has it", (raw,)),
+    "raw": Ablation("raw scalars alone", (raw, no_scales)),
+    "token": Ablation("the action as an input token instead of the Q decoder's query",
+                      (action_as_token,)),
+}
+
+
+# ---------------------------------------------------------------- runs
+
+def run_here(name, part, run, flags):
+    """One run in this process, to its end."""
+    ablation = ABLATIONS[name]
+    for change in ablation.changes:
+        change()
+    flags = ["--data", f"datasets/{part}", "--steps", UPDATES, "--seed", SEED,
+             "--episodes", EPISODES, *ablation.flags, *flags]
+    train.main(list(map(str, start_or_resume(run, flags))))
+
+
+def print_runs(rows):
+    """A line for each run, in the order of ABLATIONS."""
+    runs = {}
+    for row in rows:
+        run = runs.setdefault((row["ablation"], row["data"]), {"IQM": f"{float(row['iqm']):.3f}"})
+        run[row["task"]] = f"{row['score']:.2f}"
+    columns, shown = [*TASKS, "IQM"], []
+    for name, part in sorted(runs, key=lambda run: list(ABLATIONS).index(run[0])):
+        scores = [runs[name, part][column] for column in columns]
+        shown.append([ABLATIONS[name].words, part, *scores])
+    print_table(["PAC with", "data", *(name.removesuffix("-v5") for name in columns)], shown)
+
+
+def main():
+    parser = new_parser(__doc__)
+    parser.add_argument("--only", nargs="+", choices=ABLATIONS, default=list(ABLATIONS))
+    parser.add_argument("--part", default="switching", choices=PARTS)
+    parser.add_argument("--here", type=Path, metavar="RUN", help="one run, in this process")
+    parser.add_argument("flags", nargs="*", help="of train.py, behind a --")
+    args = parser.parse_args()
+    if args.here:
+        run_here(args.only[0], args.part, args.here, args.flags)
+        return
+    table = Table("ablations", COLUMNS, ("data", "ablation"), args.folder)
+
+    def work(job):
+        part, name = job
+        run = table.runs / f"{part}-{name}"
+        command = ["-m", "studies.ablations", "--only", name, "--part", part, "--here", run,
+                   "--", *args.flags]
+        summary = result_of(run / "eval.json", command)
+        updates = read_config(run)["train"]["steps"]
+        table.append(rows_of(summary, table, job, updates=updates, seed=SEED))
+
+    if not args.table:
+        jobs = table.missing([(args.part, name) for name in args.only])
+        at_a_time(args.workers, work, jobs)
+    print_runs(table.rows())
+
+
+if __name__ == "__main__":
+    main()

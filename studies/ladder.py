@@ -1,0 +1,253 @@
+"""Study 1: five algorithms on the two parts of the default data. And what all studies share.
+
+    python -m studies.ladder                 the runs that are missing, then table and figure
+    python -m studies.ladder --part levels   one part's runs only
+    python -m studies.ladder --table         no runs: table and figure from results/study1.csv
+    python -m studies.ladder --folder /tmp/try -- --size tiny --steps 20 --episodes 1     a trial
+
+What stands behind `--` is for train.py.
+
+A run that was killed goes on from its checkpoint. One that is in the table is not made again.
+"""
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import RLock
+
+import numpy as np
+
+import plots
+import prepare
+from behaviors import PARTS, TASKS
+from checkpoint import read_config
+from data import write_file
+from eval import interval, iqm
+from studies import RESULTS, print_table
+
+SEEDS = (0, 1, 2)
+EPISODES = 20  # a task and run
+FILE_LOCK = RLock()  # several runs end at once
+SHOWN_ROWS = [*TASKS, "IQM"]
+DRAWN = "mean and range over seeds; IQM with its 95% interval"
+
+
+# ---------------------------------------------------------------- tables
+
+class Table:
+    """results/NAME.csv, a row for each score; the figure beside it; and the runs, in runs/NAME.
+
+    key: the columns that tell one run from another. folder: instead of results/ and runs/.
+    """
+
+    def __init__(self, name, columns, key, folder=None):
+        self.columns, self.key = columns, key
+        results = folder or RESULTS
+        self.path = results / f"{name}.csv"
+        self.figure = results / f"{name}.png"
+        self.configs = results / f"{name}-configs.json"
+        self.runs = (folder or Path()) / "runs" / name
+
+    def rows(self):
+        if not self.path.exists():
+            return []
+        with open(self.path) as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            row["seed"] = int(row["seed"])
+            row["score"] = float(row["score"])
+        return rows
+
+    def append(self, rows):
+        """Add rows, without what is not among the columns."""
+        with FILE_LOCK:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            new = not self.path.exists()
+            with open(self.path, "a", newline="") as file:
+                writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
+                if new:
+                    writer.writeheader()
+                writer.writerows(rows)
+
+    def keep_config(self, run):
+        """Put a run's settings and flags into NAME-configs.json."""
+        config = read_config(run)
+        with FILE_LOCK:
+            configs = json.loads(self.configs.read_text()) if self.configs.exists() else {}
+            configs[run.name] = {key: config[key] for key in ("train", "settings")}
+            write_file(self.configs, json.dumps(configs, indent=1, sort_keys=True) + "\n")
+
+    def missing(self, jobs):
+        """Those of the jobs, tuples of the key's values, that have no row yet."""
+        present = {tuple(row[column] for column in self.key) for row in self.rows()}
+        return [job for job in jobs if job not in present]
+
+    def scores(self, **which):
+        """(seeds, tasks) of the rows that have these values, without seeds that lack a task."""
+        of_seeds = {}
+        for row in self.rows():
+            if which.items() <= row.items():
+                of_seeds.setdefault(row["seed"], {})[row["task"]] = row["score"]
+        whole = [scores for _, scores in sorted(of_seeds.items()) if len(scores) == len(TASKS)]
+        return np.array([[scores[task] for task in TASKS] for scores in whole])
+
+    def methods(self, column, names, **which):
+        """name -> its scores, for those of the names that have any."""
+        found = {name: self.scores(**{column: name}, **which) for name in names}
+        return {name: matrix for name, matrix in found.items() if len(matrix)}
+
+
+def iqm_interval(matrix):
+    """The IQM over seeds and tasks, and its 95% interval -> (value, low, high)
+
+    Seeds are resampled task by task, as rliable does. matrix: (seeds, tasks)
+    """
+    return iqm(matrix), *interval(list(matrix.T), iqm)
+
+
+def points(matrix):
+    """What plots.compare draws of a method: each task's mean and range over seeds, and the IQM."""
+    return [*zip(matrix.mean(0), matrix.min(0), matrix.max(0)), iqm_interval(matrix)]
+
+
+def cells(matrix):
+    """A method's column: each task's mean and spread over seeds, and the IQM."""
+    value, low, high = iqm_interval(matrix)
+    if len(matrix) == 1:
+        return [f"{score:.2f}" for score in matrix[0]] + [f"**{value:.3f}**"]
+    spread = zip(matrix.mean(0), matrix.std(0))
+    shown = [f"{mean:.2f} ± {std:.2f}" for mean, std in spread]
+    return [*shown, f"**{value:.3f}** [{low:.3f}, {high:.3f}]"]
+
+
+def print_scores(methods):
+    """A table in markdown. methods: name -> (seeds, tasks)"""
+    head = [f"{name}, seeds: {len(matrix)}" for name, matrix in methods.items()]
+    rows = zip([*TASKS, "**IQM**"], *map(cells, methods.values()))
+    print_table(["", *head], rows)
+
+
+# ---------------------------------------------------------------- runs
+
+def start_or_resume(run, flags):
+    """Flags of train.py for a run, a new one or one that was killed."""
+    if (run / "config.json").exists():
+        return ["--resume", run]
+    return ["--out", run, "--eval-every", 0, "--threads", 1, "--no-verify", *flags]
+
+
+def result_of(path, command):
+    """The summary that a command leaves in `path`. It is not run again if it is there.
+
+    Its output goes to a log beside the run's folder, which the summary is in.
+    """
+    if not path.exists():
+        path.parent.parent.mkdir(parents=True, exist_ok=True)
+        with open(f"{path.parent}.log", "a") as log:
+            subprocess.run([sys.executable, *map(str, command)], check=True, stdout=log,
+                           stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return json.loads(path.read_text())
+
+
+def at_a_time(workers, work, jobs):
+    """work(job) for every job, several at a time, each on one thread."""
+    print(f"{len(jobs)} runs, {workers} at a time")
+    with ThreadPoolExecutor(workers) as pool:
+        for future in [pool.submit(work, job) for job in jobs]:
+            future.result()
+
+
+def rows_of(summary, table, job, **more):
+    """A row of the table for each task of a summary."""
+    print(time.strftime("%H:%M"), *job, f"IQM {summary['iqm']:.3f}", flush=True)
+    columns = dict(zip(table.key, job), episodes=summary["episodes"], iqm=round(summary["iqm"], 4))
+    rows = []
+    for task, row in summary["tasks"].items():
+        rows.append({**columns, **more, "task": task, "score": round(row["score"], 4)})
+    return rows
+
+
+def train(table, job, data, flags, other_act=None):
+    """One run of train.py to its end, and its rows in the table. job: group, algorithm, seed"""
+    group, algo, seed = job
+    run = table.runs / f"{group}-{algo}-{seed}"
+    flags = ["--algo", algo, "--seed", seed, "--data", data, "--episodes", EPISODES, *flags]
+    summary = result_of(run / "eval.json", ["train.py", *start_or_resume(run, flags)])
+    rows = rows_of(summary, table, job)
+    if other_act:
+        command = ["eval.py", run, "--act", other_act, "--seed", seed + 1,
+                   "--episodes", summary["episodes"]]
+        summary = result_of(run / f"eval-{other_act}.json", command)
+        rows += rows_of(summary, table, (group, f"{algo}-{other_act}", seed))
+    table.append(rows)
+    table.keep_config(run)
+
+
+def new_parser(doc):
+    """The flags that all studies have."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=2,
+                        help="runs at a time, one thread each (default: %(default)s)")
+    parser.add_argument("--table", action="store_true", help="no runs: only what is shown")
+    parser.add_argument("--folder", type=Path, help="instead of runs/ and results/, for a trial")
+    return parser
+
+
+def add_choices(parser, name, groups, algos):
+    """The flags of a study that compares algorithms on several data sets."""
+    parser.add_argument(f"--{name}", nargs="+", choices=groups, default=groups)
+    parser.add_argument("--algo", nargs="+", choices=algos, default=algos)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("flags", nargs="*", help="of train.py, behind a --")
+
+
+# ---------------------------------------------------------------- study 1
+
+ALGOS = ("bc", "filtered_bc", "bc_q", "pacv", "pac")
+OTHER_ACTS = {"bc_q": "improved", "pac": "mean"}  # played too: is it the critic, or the policy?
+SHOWN = ("bc", "filtered_bc", "bc_q", "bc_q-improved", "pacv", "pac-mean", "pac")
+
+
+def study1(folder=None):
+    columns = ("part", "algo", "seed", "task", "episodes", "score")
+    return Table("study1", columns, ("part", "algo", "seed"), folder)
+
+
+def main():
+    parser = new_parser(__doc__)
+    add_choices(parser, "part", PARTS, ALGOS)
+    args = parser.parse_args()
+    table = study1(args.folder)
+
+    def work(job):
+        part, algo, _ = job
+        train(table, job, f"datasets/{part}", args.flags, OTHER_ACTS.get(algo))
+
+    if not args.table:
+        wanted = [(part, algo, seed)
+                  for seed in args.seeds for part in args.part for algo in args.algo]
+        jobs = table.missing(wanted)
+        for part in {part for part, _, _ in jobs}:
+            prepare.build(parts=[part])
+        at_a_time(args.workers, work, jobs)
+
+    panels = {}
+    for part in PARTS:
+        methods = table.methods("algo", SHOWN, part=part)
+        if methods:
+            print(f"\n{part}: mean ± standard deviation over seeds\n")
+            print_scores(methods)
+            panels[f"data: {part}"] = {name: points(matrix) for name, matrix in methods.items()}
+    plots.compare(None, SHOWN_ROWS, table.figure, DRAWN, panels)
+    print(f"\nwrote {table.figure}")
+
+
+if __name__ == "__main__":
+    main()
