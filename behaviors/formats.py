@@ -5,7 +5,6 @@ A reader yields Episodes, and in the place of one that cannot be read a DataErro
 data.Task. The packages that a format needs are imported where it is read or written.
 """
 
-import importlib
 import json
 import shutil
 from dataclasses import replace
@@ -14,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 import envs
-from behaviors.steps import each, episodes_of, rewards, vectors
+from behaviors import tables
+from behaviors.steps import each, episodes_of, package, rewards, vectors
 from data import DataError, Episode, progress
 
 FLAT = ("observations", "actions", "rewards", "terminals")  # D4RL's arrays, one row a step
@@ -22,13 +22,6 @@ FLAT = ("observations", "actions", "rewards", "terminals")  # D4RL's arrays, one
 NAMES = {"obs": ("obs",), "action": ("action", "acts"), "reward": ("reward", "rews"),
          "terminated": ("terminated", "terminal")}
 ABOUT = ("env_id", *envs.KEPT, "instruction", "discount", "reference")  # exported beside the data
-
-
-def package(name):
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise DataError(f"this needs `pip install {name.split('.')[0]}`") from None
 
 
 # ---------------------------------------------------------------- .npz: ours, and imitation's
@@ -262,12 +255,16 @@ def reader(source):
         read, ask, source = read_minari, about_minari, source.removeprefix("minari:")
     elif path.suffix in (".hdf5", ".h5") and path.is_file():
         read, ask = read_hdf5, about_hdf5
+    elif path.is_dir() and tables.is_lerobot(path):
+        read, ask = tables.read_lerobot, None
+    elif path.is_dir() and tables.is_imitation(path):
+        read, ask = tables.read_imitation, None
     elif path.is_dir() or path.suffix == ".npz" and path.is_file():
         read, ask = read_npz, about_npz
     else:
         raise DataError(f"{source}: neither minari:ID nor an .hdf5 file nor a folder of .npz files")
     try:
-        found = ask(source)
+        found = ask(source) if ask else {}
     except (ValueError, OSError) as error:
         raise DataError(f"{source}: what it says of its task is damaged: {error}") from None
     return (lambda reading: read(source, reading)), found

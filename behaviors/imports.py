@@ -11,7 +11,9 @@ NARROW = 0.05  # the share of the box, below which bins over all of it are too c
 
 def describe_import(args, about):
     """The meta of the task that is imported: as the flags say, and otherwise as its source."""
-    kept = {} if args.env_id else {key: about.get(key) for key in envs.KEPT}
+    if args.env_id not in (None, about.get("env_id")):  # what is said of another does not hold
+        about = {key: about[key] for key in ("box", "discount") if key in about}
+    kept = {key: about.get(key) for key in envs.KEPT}
     for key in ("env_args", "max_episode_steps"):
         if getattr(args, key) is not None:
             kept[key] = getattr(args, key)

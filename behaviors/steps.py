@@ -4,6 +4,7 @@ An episode ends at each flag, and where the state that a step led to is not the 
 was done so is counted in `Reading.notes`, for the user.
 """
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -29,6 +30,13 @@ class Reading:
         if count:
             before, first = self.notes.get(what, (0, where))
             self.notes[what] = before + int(count), first
+
+
+def package(name):
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise DataError(f"this needs `pip install {name.split('.')[0]}`") from None
 
 
 def flags(array, count, where):

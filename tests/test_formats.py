@@ -212,3 +212,181 @@ def test_what_is_no_source_is_named(tmp_path, name, text, message):
     source = tmp_path / name.split("/")[0]
     with pytest.raises(data.DataError, match=message):
         read(source)
+
+
+# ---------------------------------------------------------------- robomimic, imitation, LeRobot
+
+@pytest.fixture
+def recorded():
+    """Two episodes of Pendulum-v1's widths, the second terminated."""
+    random, episodes = np.random.default_rng(0), []
+    for length, end in ((4, False), (3, True)):
+        obs = random.normal(size=(length + 1, 3)).astype(np.float32)
+        action = random.uniform(-2, 2, (length, 1)).astype(np.float32)
+        reward = random.normal(size=length).astype(np.float32)
+        episodes.append(data.Episode(obs, action, reward, end))
+    return episodes
+
+
+def same(episodes, others):
+    assert len(episodes) == len(others)
+    for one, two in zip(episodes, others):
+        for name in ("obs", "action", "reward", "terminated"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
+
+
+def without_last(episode):
+    """What is left of an episode whose last state is not known."""
+    return data.Episode(episode.obs[:-1], episode.action[:-1], episode.reward[:-1], False)
+
+
+def write_robomimic(path, episodes, next_obs=True):
+    """Demonstrations 2 and 10, with the parts `a` and `b` of observations."""
+    with h5py.File(path, "w") as file:
+        for number, made in zip((2, 10), episodes):
+            demo = file.create_group(f"data/demo_{number}")
+            for name, part in (("b", slice(1, 3)), ("a", slice(0, 1))):
+                demo[f"obs/{name}"] = made.obs[:-1, part]
+                if next_obs:
+                    demo[f"next_obs/{name}"] = made.obs[1:, part]
+            demo["actions"], demo["rewards"] = made.action, made.reward
+            dones = np.zeros(len(made.reward), int)
+            dones[-1] = made.terminated
+            demo["dones"] = dones
+    return path
+
+
+def test_robomimics_demonstrations_are_read(tmp_path, recorded):
+    episodes, notes = read(write_robomimic(tmp_path / "a.hdf5", recorded))
+    same(episodes, recorded)
+    (what, (count, _)), = notes.items()
+    assert "observations of a (1), b (2), in this order" in what and count == 4
+    first, second = read(write_robomimic(tmp_path / "b.hdf5", recorded, next_obs=False))[0]
+    same([first], [without_last(recorded[0])])
+    np.testing.assert_array_equal(second.obs[:-1], recorded[1].obs[:-1])
+    np.testing.assert_array_equal(second.reward, recorded[1].reward)
+    assert second.terminated
+
+
+def test_parts_of_observations_are_chosen_and_compared_with_the_environments(tmp_path, recorded):
+    path = write_robomimic(tmp_path / "a.hdf5", recorded)
+    episodes, _ = read(path, obs_keys=["b", "a"])
+    np.testing.assert_array_equal(episodes[0].obs, np.roll(recorded[0].obs, -1, axis=1))
+    with pytest.raises(data.DataError, match="no part 'c' of the observations; there are: a, b"):
+        read(path, obs_keys=["c"])
+    message = r"observations of a \(1\), b \(2\); the environment's are of a \(1\), c \(2\)"
+    with pytest.raises(data.DataError, match=message):
+        read(path, obs_parts={"a": 1, "c": 2})
+    change(path, "data/demo_2/obs/c", np.zeros((4, 8, 8, 3), np.uint8))
+    with pytest.raises(data.DataError, match="obs: c are images, .* --obs-keys"):
+        read(path)
+    change(path, "data/demo_2/obs")
+    with pytest.raises(data.DataError, match="data/demo_2: no obs; robomimic's"):
+        read(path)
+
+
+def test_rewards_that_are_missing_are_asked_for(tmp_path, recorded):
+    path = write_robomimic(tmp_path / "a.hdf5", recorded)
+    change(path, "data/demo_2/rewards")
+    with pytest.raises(data.DataError, match="demo_2: no rewards; --no-rewards takes 0"):
+        read(path)
+    (first, second), _ = read(path, rewards=False)
+    assert first.reward.tolist() == [0] * 4
+    np.testing.assert_array_equal(second.reward, recorded[1].reward)
+
+
+def test_imitations_npz_is_read(tmp_path, recorded):
+    """Arrays of all trajectories one behind the other, and where each but the first begins."""
+    one, two = recorded
+    arrays = {"obs": np.concatenate([one.obs, two.obs]), "indices": np.array([4]),
+              "acts": np.concatenate([one.action, two.action]), "terminal": np.array([False, True]),
+              "rews": np.concatenate([one.reward, two.reward])}
+    infos = np.array([{}] * 7, object)  # pickled, and not read
+    np.savez(tmp_path / "a.npz", **arrays, infos=infos)
+    same(read(tmp_path / "a.npz")[0], recorded)
+    np.savez(tmp_path / "b.npz", **{**arrays, "terminal": [True]})
+    with pytest.raises(data.DataError, match="b.npz: .*zip.*argument"):
+        read(tmp_path / "b.npz")
+    np.savez(tmp_path / "c.npz", **{**arrays, "acts": infos})
+    with pytest.raises(data.DataError, match="c.npz: .*Object arrays cannot be loaded"):
+        read(tmp_path / "c.npz")
+
+
+def write_arrow(folder, columns):
+    arrow = pytest.importorskip("pyarrow")
+    folder.mkdir()
+    (folder / "state.json").write_text("{}")
+    table = arrow.table({name: [np.asarray(value).tolist() for value in values]
+                         for name, values in columns.items()})
+    with arrow.OSFile(str(folder / "data-00000-of-00001.arrow"), "wb") as file:
+        with arrow.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
+
+
+def test_imitations_saved_data_set_is_read(tmp_path, recorded):
+    columns = {"obs": [made.obs for made in recorded], "acts": [made.action for made in recorded],
+               "rews": [made.reward for made in recorded],
+               "terminal": [made.terminated for made in recorded], "infos": [["{}"], ["{}"]]}
+    write_arrow(tmp_path / "a", columns)
+    same(read(tmp_path / "a")[0], recorded)
+    del columns["acts"]
+    write_arrow(tmp_path / "b", columns)
+    with pytest.raises(data.DataError, match="trajectory 0: no acts; there are: obs, rews"):
+        read(tmp_path / "b")
+
+
+def write_lerobot(folder, episodes, **changes):
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    columns = {name: [] for name in ("observation.a", "observation.b", "observation.image",
+                                     "action", "next.reward", "next.done", "next.success",
+                                     "episode_index", "frame_index")}
+    for number, made in enumerate(episodes):
+        count = len(made.reward)
+        last = np.arange(count) == count - 1
+        columns["observation.b"] += made.obs[:-1, 1:].tolist()
+        columns["observation.a"] += made.obs[:-1, 0].tolist()
+        columns["observation.image"] += [{"path": "a.png"}] * count
+        columns["action"] += made.action.tolist()
+        columns["next.reward"] += made.reward.tolist()
+        columns["next.done"] += last.tolist()
+        columns["next.success"] += (last & made.terminated).tolist()
+        columns["episode_index"] += [number] * count
+        columns["frame_index"] += list(range(count))
+    columns.update(changes)
+    for name in ("meta", "data/chunk-000"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / "meta/info.json").write_text("{}")
+    columns = {name: column for name, column in columns.items() if column is not None}
+    parquet.write_table(arrow.table(columns), folder / "data/chunk-000/file-000.parquet")
+    return folder
+
+
+def test_lerobots_tables_are_read(tmp_path, recorded):
+    """The state that the last step led to is not there, so that step is kept only if terminal."""
+    (first, second), notes = read(write_lerobot(tmp_path / "a", recorded))
+    same([first], [without_last(recorded[0])])
+    np.testing.assert_array_equal(second.obs[:-1], recorded[1].obs[:-1])
+    np.testing.assert_array_equal(second.action, recorded[1].action)
+    assert second.terminated
+    assert any("without observation.image" in what for what in notes)
+    assert any("dropped" in what for what in notes)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"frame_index": [0, 1, 2, 3, 0, 2, 3]}, "episode 1: frame_index is not 0, 1, 2"),
+    ({"episode_index": [0, 1, 0, 0, 1, 1, 1]}, "steps of an episode do not stand together"),
+    ({"next.reward": None}, "episode 0: no rewards"),
+    ({"action": None}, "file-000.parquet: no action; there are: observation.a"),
+])
+def test_a_wrong_table_of_lerobots_is_named(tmp_path, recorded, changes, message):
+    with pytest.raises(data.DataError, match=message):
+        read(write_lerobot(tmp_path / "a", recorded, **changes))
+
+
+def test_a_damaged_table_is_named(tmp_path, recorded):
+    write_lerobot(tmp_path / "a", recorded)
+    path = tmp_path / "a/data/chunk-000/file-000.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(data.DataError, match="file-000.parquet: it is damaged"):
+        read(tmp_path / "a")
