@@ -318,11 +318,12 @@ def run_build(args):
 def run_import(args):
     read, about = formats.reader(args.source)
     meta = describe_import(args, about)
-    name = args.task or re.sub("[/:]", "-", meta["env_id"])
+    name = re.sub("[/:]", "-", meta["env_id"]) if args.task is None else args.task
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise DataError(f"--task {name!r}: a name has letters, digits, and . _ - after the first")
-    reading = Reading(args.max_episode_steps, args.obs_keys, meta.get("obs_parts"),
-                      not args.no_rewards)
+    reading = Reading(limit=args.max_episode_steps, longest=envs.make(meta).spec.max_episode_steps,
+                      obs_keys=args.obs_keys, obs_parts=meta.get("obs_parts"),
+                      rewards=not args.no_rewards)
     with new_target(args.out / name) as partial:
         episodes = progress(read(reading), desc="import", unit="episode", delay=2)
         tally = append(partial, episodes, meta, args.source, args.skip_bad)
