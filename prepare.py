@@ -85,7 +85,8 @@ def parse_args(argv=None):
     mix.add_argument("sources", type=Path, nargs="+", help="data sets")
     mix.add_argument("--shares", type=float, nargs="+",
                      help="of each source's episodes (default: all)")
-    mix.add_argument("--seed", type=natural, default=0, help="of which episodes (default: %(default)s)")
+    mix.add_argument("--seed", type=natural, default=0,
+                     help="of which episodes (default: %(default)s)")
 
     texts = {"info": "what is in a data set", "verify": "read every byte and check it"}
     for name, text in texts.items():
@@ -114,7 +115,8 @@ from data import RETURN, DataError, Task, append, notice, only_writer, progress,
 # What sources of one task must agree on.
 MUST_AGREE = ("env_id", *envs.KEPT, "obs_dim", "action_dim", "action_low", "action_high",
               "discount")
-COUNTED = ("name", "episodes", "transitions", "return", "checksum", "sources")  # by a set of its own
+# What a meta says of the episodes there are.
+COUNTED = ("name", "episodes", "transitions", "return", "checksum", "sources")
 
 
 @contextmanager
@@ -128,10 +130,12 @@ def new_target(target):
     try:
         with only_writer(target.parent):
             remove(partial)
-            yield partial
-            os.replace(partial, target)
+            try:
+                yield partial
+                os.replace(partial, target)
+            finally:
+                remove(partial)
     except BaseException:  # nothing is left behind
-        remove(partial)
         for folder in new:
             with suppress(OSError):  # it is not empty
                 (folder / ".lock").unlink(missing_ok=True)
@@ -381,8 +385,8 @@ def run_info(args):
             checked = ", every byte checked"
         meta, returns = task.meta, task.meta["return"]
         print(f"{task.name:<28} {meta['episodes']:>7,} episodes {meta['transitions']:>11,} "
-              f"transitions   return {returns['mean']:.0f} ± {returns['std']:.0f}, best {returns['max']:.0f}   "
-              f"obs {meta['obs_dim']}, action {meta['action_dim']}{checked}")
+              f"transitions   return {returns['mean']:.0f} ± {returns['std']:.0f}, "
+              f"best {returns['max']:.0f}   obs {meta['obs_dim']}, action {meta['action_dim']}{checked}")
         rest = task.map.size() - meta["rows"] * row_width(meta) * 4
         if rest:
             print(f"  ignored: {rest:,} bytes at the end of rows.bin, of a writer that was killed")

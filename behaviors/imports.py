@@ -1,4 +1,4 @@
-"""The task that `python prepare.py import` makes: described before it is read, judged afterwards."""
+"""The task that `python prepare.py import` makes: described beforehand, judged afterwards."""
 
 import numpy as np
 

@@ -111,7 +111,7 @@ def episodes_of(obs, next_obs, action, reward, terminated, truncated, reading, w
         first = f"{where}, step {np.argmax(breaks) if len(breaks) else 0}"
         if breaks.sum() > DISORDER * count:
             raise DataError(f"{first}: the next observation is not the next row's, nor in "
-                            f"{breaks.sum() - 1:,} more of {count:,} rows: put them in order of time")
+                            f"{breaks.sum() - 1:,} more of {count:,} rows: put them in order")
         reading.note("step(s) that do not lead to the next one, where the episode is split",
                      breaks.sum(), first)
         ends[:-1] |= breaks
@@ -140,8 +140,7 @@ def episodes_of(obs, next_obs, action, reward, terminated, truncated, reading, w
 
 
 def each(items, read):
-    """What read(where, item) yields for each item {where: item}; an error in the place of a bad one.
-    """
+    """What read(where, item) yields for each (where, item); an error in the place of a bad one."""
     for where, item in items:
         try:
             yield from read(where, item)
