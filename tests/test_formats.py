@@ -101,6 +101,17 @@ def test_each_transition_leads_to_the_state_that_the_file_says(d4rl, timeouts, l
         assert count == 1 and re.search(r"a.hdf5, step \d$", first)
 
 
+def test_a_number_that_is_none_does_not_split_an_episode(d4rl):
+    """It is refused, or left out, with its episode."""
+    obs = np.arange(14.0).reshape(7, 2)
+    obs[1, 0] = np.nan
+    change(d4rl, "observations", obs)
+    change(d4rl, "next_observations", next_of(obs, [2, 4, 6]))
+    episodes, notes = read(d4rl)
+    assert [len(made.reward) for made in episodes] == [3, 2, 2]
+    assert not notes
+
+
 @pytest.mark.parametrize("rows", [np.random.default_rng(0).permutation(90), slice(None, None, 10)])
 def test_rows_that_are_in_no_order_are_refused_by_row_and_count(tmp_path, rows):
     obs = np.arange(180.0).reshape(90, 2)

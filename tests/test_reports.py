@@ -255,6 +255,11 @@ def test_data_and_environment_are_flattened_alike(capsys):
     flat = envs.make(task.meta)
     flat.env.observation_space.seed(3)
     np.testing.assert_allclose(task.episode(0).obs[0], flat.reset()[0], rtol=1e-6)
+    command("export", "own/a", "minari:own/b-v0")
+    command("import", "minari:own/b-v0", "again", "--task", "a")
+    again = data.Task("again/a")
+    assert again.meta == task.meta
+    np.testing.assert_array_equal(again.rows(), task.rows())
     said = refusal(capsys, "import", "minari:own/a-v0", "other", "--env-id",
                    "tests.odd:Parts-v0", "--env-args", '{"kind": "nested"}', "--task", "a")
     assert "observations of a (1), b (2); the environment's are of a (1), b (5)" in said
