@@ -207,7 +207,7 @@ def test_an_old_algorithm_is_refused_with_its_new_name(capsys, new, tmp_path, ol
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("flag", ["--batch-size", "--accumulate", "--pool", "--samples",
+@pytest.mark.parametrize("flag", ["--batch-size", "--accumulate", "--samples",
                                   "--n-step"])
 def test_a_count_below_one_is_refused(capsys, new, tmp_path, flag):
     assert f"{flag} 0: it has to be 1 at the least" in refused(capsys, *new, flag, "0")
