@@ -43,7 +43,7 @@ class LossSettings:
     top: float = 1.0  # share of the episodes, the best, that are learnt from
     target_rate: float = 0.01  # theta' moves by this share towards theta at each update
     learning_rate: float = 3e-3  # the highest, see `schedule`
-    max_grad_norm: float = 1.0  # a longer gradient is cut to this length
+    max_grad_norm: float = 1.0  # a longer gradient is cut to this length; 0: none is
 
 
 CLONING = dict(alpha=1.0, beta=0.0, act="mean", n_step=1, focus=0.0)
@@ -365,7 +365,8 @@ class Learner:
         """One gradient step on a Batch -> metrics, 0-d tensors. `generator`: of all that is random"""
         batch = batch.to(self.device)
         metrics = self.gradient(batch, generator)
-        norm = torch.nn.utils.clip_grad_norm_(self.weights, self.settings.max_grad_norm)
+        longest = self.settings.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, longest)
         metrics["grad_norm"] = norm = parallel.full(norm)
         if not torch.isfinite(norm + metrics["loss"]):
             raise NonFinite(f"update {self.updates}: the loss is {metrics['loss'].item()} and its "
