@@ -242,34 +242,35 @@ BF16, FP32 = torch.bfloat16, torch.float32
 # every target. None spills registers; 64 rows are the least that wgmma and tcgen05 multiply. Exact fp32
 # is plain arithmetic on registers, so its tiles are small. Where the tile of by_queries (by_keys)
 # covers all queries (keys), the backward pass is one pass.
+WIDTHS = (16, 32, 64)  # of heads
 FP32_LAUNCHES = {
-    ("forward", FP32): {D: Launch(32, 32, 8, 1) for D in (16, 32, 64, 128)},
-    ("by_queries", FP32): {**{D: Launch(32, 16, 8, 1) for D in (16, 32, 64)}, 128: Launch(16, 16, 8, 1)},
-    ("by_keys", FP32): {**{D: Launch(16, 32, 8, 1) for D in (16, 64, 128)}, 32: Launch(32, 32, 8, 1)},
+    ("forward", FP32): dict.fromkeys(WIDTHS, Launch(32, 32, 8, 1)),
+    ("by_queries", FP32): dict.fromkeys(WIDTHS, Launch(32, 16, 8, 1)),
+    ("by_keys", FP32): {**dict.fromkeys(WIDTHS, Launch(16, 32, 8, 1)), 32: Launch(32, 32, 8, 1)},
 }
 LAUNCHES = {
     "sm_80": {  # at most 99 KB of shared memory, so that it fits the consumer cards 8.6 and 8.9 too
-        ("forward", BF16): {**{D: Launch(64, 64, 4, 3) for D in (16, 32, 64)}, 128: Launch(64, 64, 8, 2)},
-        ("by_queries", BF16): {D: Launch(64, 32, 8, 2) for D in (16, 32, 64, 128)},
-        ("by_keys", BF16): {D: Launch(32, 64, 8, 2) for D in (16, 32, 64, 128)},
+        ("forward", BF16): dict.fromkeys(WIDTHS, Launch(64, 64, 4, 3)),
+        ("by_queries", BF16): dict.fromkeys(WIDTHS, Launch(64, 32, 8, 2)),
+        ("by_keys", BF16): dict.fromkeys(WIDTHS, Launch(32, 64, 8, 2)),
         **FP32_LAUNCHES,
     },
     "sm_90": {
-        ("forward", BF16): {D: Launch(64, 64, 4, 3) for D in (16, 32, 64, 128)},
-        ("by_queries", BF16): {D: Launch(64, 64, 8, 2) for D in (16, 32, 64, 128)},
-        ("by_keys", BF16): {**{D: Launch(64, 64, 8, 2) for D in (16, 32, 64)}, 128: Launch(32, 64, 8, 2)},
+        ("forward", BF16): dict.fromkeys(WIDTHS, Launch(64, 64, 4, 3)),
+        ("by_queries", BF16): dict.fromkeys(WIDTHS, Launch(64, 64, 8, 2)),
+        ("by_keys", BF16): dict.fromkeys(WIDTHS, Launch(64, 64, 8, 2)),
         **FP32_LAUNCHES,
     },
     "sm_100": {
-        ("forward", BF16): {D: Launch(64, 64, 4, 3) for D in (16, 32, 64, 128)},
-        ("by_queries", BF16): {D: Launch(64, 64, 8, 2) for D in (16, 32, 64, 128)},
-        ("by_keys", BF16): {16: Launch(64, 64, 4, 2), **{D: Launch(64, 64, 8, 2) for D in (32, 64, 128)}},
+        ("forward", BF16): dict.fromkeys(WIDTHS, Launch(64, 64, 4, 3)),
+        ("by_queries", BF16): dict.fromkeys(WIDTHS, Launch(64, 64, 8, 2)),
+        ("by_keys", BF16): {**dict.fromkeys(WIDTHS, Launch(64, 64, 8, 2)), 16: Launch(64, 64, 4, 2)},
         **FP32_LAUNCHES,
     },
     "gfx942": {
-        ("forward", BF16): {D: Launch(64, 64, 8, 1) for D in (16, 32, 64, 128)},
-        ("by_queries", BF16): {D: Launch(64, 32, 8, 1) for D in (16, 32, 64, 128)},
-        ("by_keys", BF16): {**{D: Launch(32, 64, 8, 1) for D in (16, 32, 64)}, 128: Launch(32, 32, 8, 1)},
+        ("forward", BF16): dict.fromkeys(WIDTHS, Launch(64, 64, 8, 1)),
+        ("by_queries", BF16): dict.fromkeys(WIDTHS, Launch(64, 32, 8, 1)),
+        ("by_keys", BF16): dict.fromkeys(WIDTHS, Launch(32, 64, 8, 1)),
     },
 }
 
@@ -296,12 +297,13 @@ def launch(name, tensors, q, k, v, mask, **constants):
     mask_bytes = q if mask is None else rows_contiguous(mask).view(torch.uint8)  # q: never read
     block_q, block_k, num_warps, num_stages = LAUNCHES[target_of(q.device)][name, q.dtype][width]
     tiles = triton.cdiv(len_k, block_k) if name == "by_keys" else triton.cdiv(len_q, block_q)
-    KERNELS[name][(batch * heads * tiles,)](
-        q, k, v, mask_bytes, *tensors, *strides(q, k, v), mask_bytes.stride(0),
-        heads, len_q, len_k, width**-0.5,
-        **constants, HAS_MASK=mask is not None, D=width, BLOCK_Q=block_q, BLOCK_K=block_k,
-        num_warps=num_warps, num_stages=num_stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        KERNELS[name][(batch * heads * tiles,)](
+            q, k, v, mask_bytes, *tensors, *strides(q, k, v), mask_bytes.stride(0),
+            heads, len_q, len_k, width**-0.5,
+            **constants, HAS_MASK=mask is not None, D=width, BLOCK_Q=block_q, BLOCK_K=block_k,
+            num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
 
 
 # ---------------------------------------------------------------- autograd
@@ -332,7 +334,8 @@ def attention_backward(
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dout = dout.transpose(1, 2).contiguous()  # (B, Lq, H, D); a view where it came from merging heads
+    # (B, Lq, H, D), as the kernels read them; views where they lie so already
+    out, dout = out.transpose(1, 2).contiguous(), dout.transpose(1, 2).contiguous()
     dq, dk, dv = new_heads(q, q.shape[2]), new_heads(q, k.shape[2]), new_heads(q, k.shape[2])
     tensors = (out, lse, dout, dq, dk, dv)
     table = LAUNCHES[target_of(q.device)]
@@ -373,11 +376,12 @@ def kernel_limit(q, k, v):
     if ("forward", q.dtype) not in LAUNCHES[target] or not q.dtype == k.dtype == v.dtype:
         known = " or ".join(str(dtype) for name, dtype in LAUNCHES[target] if name == "forward")
         return f"takes {known} on {target}, not {q.dtype}, {k.dtype}, {v.dtype}"
-    if q.shape[3] not in (16, 32, 64, 128):
-        return f"takes heads 16, 32, 64 or 128 wide, not {q.shape[3]}"
+    if q.shape[3] not in WIDTHS:
+        return f"takes heads 16, 32 or 64 wide, not {q.shape[3]}"
     if q.numel() == 0 or k.numel() == 0:
         return f"takes no empty tensors, such as {tuple(q.shape)} and {tuple(k.shape)}"
-    if max(tensor.shape[2] * tensor.stride(2) for tensor in (q, k, v)) >= 2**31:
+    width = q.shape[1] * q.shape[3]  # of a row of the output
+    if max((x.shape[2] + 64) * max(x.stride(2), width) for x in (q, k, v)) >= 2**31:  # 64: a tile
         return "counts a sample's elements in 32 bits: at most 2 ** 31"
     return None
 

@@ -39,7 +39,7 @@ def project(probs, shift, scale):
     moved = (shift[:, None] + scale[:, None] * atoms).clamp(0, 1) * (num_atoms - 1)  # (B, M), in atoms
     lower = moved.floor().clamp(max=num_atoms - 2)  # the last atom is its neighbour's upper end
     to_upper = probs * (moved - lower)
-    lower = lower.long()
+    lower = lower.long().clamp(0, num_atoms - 2)  # NaN as an index is out of bounds; its mass is NaN
     target = torch.zeros_like(probs).scatter_add(-1, lower, probs - to_upper)
     return target.scatter_add(-1, lower + 1, to_upper)
 
@@ -67,6 +67,13 @@ def bellman_cross_entropy_reference(q_logits, next_probs, shift, scale, returns,
 # ---------------------------------------------------------------- the kernel
 
 
+@jit()
+def clip(x, highest):
+    """x, but at least 0 and at most `highest`. The hardware's max and min would lose a NaN."""
+    x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, highest, propagate_nan=tl.PropagateNan.ALL)
+
+
 @jit("num_atoms")
 def cross_entropy_kernel(
     q_logits_ptr, next_probs_ptr, shift_ptr, scale_ptr, returns_ptr, loss_ptr, gradient_ptr,
@@ -85,11 +92,11 @@ def cross_entropy_kernel(
     for start in range(0, num_atoms, SOURCES):
         j = start + tl.arange(0, SOURCES)
         probs = tl.load(next_probs_ptr + row * num_atoms + j, mask=j < num_atoms, other=0.0)
-        moved = tl.minimum(tl.maximum(shift + scale * j, 0.0), last)
-        hat = tl.maximum(1.0 - tl.abs(moved[:, None] - i[None, :]), 0.0)  # (SOURCES, ATOMS)
+        moved = clip(shift + scale * j, last)
+        hat = clip(1.0 - tl.abs(moved[:, None] - i[None, :]), 1.0)  # (SOURCES, ATOMS)
         bootstrapped += tl.sum(probs[:, None] * hat, 0)
-    returns = tl.minimum(tl.maximum(tl.load(returns_ptr + row), 0.0), 1.0) * last
-    observed = tl.maximum(1.0 - tl.abs(returns - i), 0.0)
+    returns = clip(tl.load(returns_ptr + row), 1.0) * last
+    observed = clip(1.0 - tl.abs(returns - i), 1.0)
     gamma = tl.where(exists, (1.0 - mc_share) * bootstrapped + mc_share * observed, 0.0)
 
     logits = tl.load(q_logits_ptr + row * num_atoms + i, mask=exists, other=float("-inf")).to(tl.float32)
@@ -139,10 +146,11 @@ def fused_cross_entropy(
     atoms = padded_atoms(num_atoms)
     sources, num_warps, num_stages = LAUNCHES[target_of(q_logits.device)][atoms]
     inputs = [tensor.contiguous() for tensor in (q_logits, next_probs, shift, scale, returns)]
-    cross_entropy_kernel[(batch,)](
-        *inputs, loss, gradient, num_atoms, mc_share,
-        ATOMS=atoms, SOURCES=sources, num_warps=num_warps, num_stages=num_stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(q_logits):
+        cross_entropy_kernel[(batch,)](
+            *inputs, loss, gradient, num_atoms, mc_share,
+            ATOMS=atoms, SOURCES=sources, num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
     return loss, gradient
 
 

@@ -38,6 +38,22 @@ def jit(*unspecialised):
     return triton.jit(do_not_specialize=list(unspecialised))
 
 
+def mend_loop_bounds():
+    """Triton 3.6's interpreter has loop bounds as arrays of one element: no integers to NumPy 2.5."""
+    from triton.runtime import interpreter
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_and_mend
+
+
+if INTERPRETED and triton.__version__ < "3.7":
+    mend_loop_bounds()
+
+
 @jit()
 def product(a, b, total):
     """total + a @ b in fp32, without TF32. The interpreter would multiply bf16 as raw integers."""
