@@ -16,12 +16,23 @@ walks over its keys finishes all three: five products. Where neither side fits o
 per side does seven, and neither needs atomics.
 """
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
-from kernels.triton_support import cast, device_limit, jit, product, target_of, tl, triton, use_kernel
+from kernels.triton_support import (
+    cast,
+    device_limit,
+    jit,
+    operator,
+    product,
+    target_of,
+    tl,
+    triton,
+    use_kernel,
+)
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = 2 ** (x * LOG2_E): the hardware has exp2
 
@@ -309,35 +320,33 @@ def launch(name, tensors, q, k, v, mask, **constants):
 # ---------------------------------------------------------------- autograd
 
 
-@torch.library.custom_op("perceiver::attention", mutates_args=())
-def attention_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Optional[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    out = new_heads(q, q.shape[2])
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+def forward_outputs(q, k, v, mask):
+    return new_heads(q, q.shape[2]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def backward_outputs(dout, q, k, v, mask, out, lse):
+    return new_heads(q, q.shape[2]), new_heads(q, k.shape[2]), new_heads(q, k.shape[2])
+
+
+@operator("attention(Tensor q, Tensor k, Tensor v, Tensor? mask) -> (Tensor, Tensor)", forward_outputs)
+def attention_forward(q, k, v, mask):
+    """-> the output (B, H, Lq, D), and lse (B, H, Lq)"""
+    out, lse = forward_outputs(q, k, v, mask)
     launch("forward", (out, lse), q, k, v, mask)
     return out, lse
 
 
-@attention_forward.register_fake
-def _(q, k, v, mask):
-    return new_heads(q, q.shape[2]), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@torch.library.custom_op("perceiver::attention_backward", mutates_args=())
-def attention_backward(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: Optional[torch.Tensor],
-    out: torch.Tensor,
-    lse: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+@operator(
+    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor lse)"
+    " -> (Tensor, Tensor, Tensor)",
+    backward_outputs,
+)
+def attention_backward(dout, q, k, v, mask, out, lse):
+    """-> dq, dk, dv"""
     # (B, Lq, H, D), as the kernels read them; views where they lie so already
     out, dout = out.transpose(1, 2).contiguous(), dout.transpose(1, 2).contiguous()
-    dq, dk, dv = new_heads(q, q.shape[2]), new_heads(q, k.shape[2]), new_heads(q, k.shape[2])
-    tensors = (out, lse, dout, dq, dk, dv)
+    gradients = backward_outputs(dout, q, k, v, mask, out, lse)
+    tensors = (out, lse, dout, *gradients)
     table = LAUNCHES[target_of(q.device)]
     if q.shape[2] <= table["by_queries", q.dtype][q.shape[3]].block_q:
         launch("by_queries", tensors, q, k, v, mask, ONE_PASS=True)
@@ -346,23 +355,20 @@ def attention_backward(
     else:
         launch("by_queries", tensors, q, k, v, mask, ONE_PASS=False)
         launch("by_keys", tensors, q, k, v, mask, ONE_PASS=False)
-    return dq, dk, dv
+    return gradients
 
 
-@attention_backward.register_fake
-def _(dout, q, k, v, mask, out, lse):
-    return new_heads(q, q.shape[2]), new_heads(q, k.shape[2]), new_heads(q, k.shape[2])
+class FusedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, mask):
+        out, lse = attention_forward(q, k, v, mask)
+        ctx.save_for_backward(q, k, v, mask, out, lse)
+        return out
 
-
-def save_for_backward(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, *output)
-
-
-def backward(ctx, dout, _):
-    return *attention_backward(dout, *ctx.saved_tensors), None
-
-
-attention_forward.register_autograd(backward, setup_context=save_for_backward)
+    @staticmethod
+    @once_differentiable  # a second derivative is refused
+    def backward(ctx, dout):
+        return *attention_backward(dout, *ctx.saved_tensors), None
 
 
 # ---------------------------------------------------------------- dispatch
@@ -398,5 +404,5 @@ def attention(q, k, v, mask=None, backend=None):
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, k.shape[2])):
         raise ValueError(f"mask must be bool {(batch, k.shape[2])}, not {mask.dtype} {tuple(mask.shape)}")
     if use_kernel("attention", backend, q.device, kernel_limit(q, k, v)):
-        return attention_forward(q, k, v, mask)[0]
+        return FusedAttention.apply(q, k, v, mask)
     return attention_plain(q, k, v, mask)

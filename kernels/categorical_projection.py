@@ -19,8 +19,9 @@ incoming gradient. In PyTorch the same is about thirty launches, each of which m
 from typing import NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
-from kernels.triton_support import device_limit, jit, target_of, tl, use_kernel
+from kernels.triton_support import device_limit, jit, operator, target_of, tl, use_kernel
 
 
 # ---------------------------------------------------------------- the plain reference
@@ -130,19 +131,21 @@ def padded_atoms(num_atoms):
 # ---------------------------------------------------------------- autograd
 
 
-@torch.library.custom_op("perceiver::bellman_cross_entropy", mutates_args=())
-def fused_cross_entropy(
-    q_logits: torch.Tensor,
-    next_probs: torch.Tensor,
-    shift: torch.Tensor,
-    scale: torch.Tensor,
-    returns: torch.Tensor,
-    mc_share: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss (B,) and its gradient (B, M), in fp32."""
+def outputs(q_logits, *_):
+    """The loss (B,) and its gradient (B, M), in fp32, still empty."""
     batch, num_atoms = q_logits.shape
     loss = q_logits.new_empty(batch, dtype=torch.float32)
-    gradient = q_logits.new_empty(batch, num_atoms, dtype=torch.float32)
+    return loss, q_logits.new_empty(batch, num_atoms, dtype=torch.float32)
+
+
+@operator(
+    "bellman_cross_entropy(Tensor q_logits, Tensor next_probs, Tensor shift, Tensor scale,"
+    " Tensor returns, float mc_share) -> (Tensor, Tensor)",
+    outputs,
+)
+def fused_cross_entropy(q_logits, next_probs, shift, scale, returns, mc_share):
+    batch, num_atoms = q_logits.shape
+    loss, gradient = outputs(q_logits)
     atoms = padded_atoms(num_atoms)
     sources, num_warps, num_stages = LAUNCHES[target_of(q_logits.device)][atoms]
     inputs = [tensor.contiguous() for tensor in (q_logits, next_probs, shift, scale, returns)]
@@ -154,26 +157,19 @@ def fused_cross_entropy(
     return loss, gradient
 
 
-@fused_cross_entropy.register_fake
-def _(q_logits, next_probs, shift, scale, returns, mc_share):
-    batch, num_atoms = q_logits.shape
-    return (
-        q_logits.new_empty(batch, dtype=torch.float32),
-        q_logits.new_empty(batch, num_atoms, dtype=torch.float32),
-    )
+class FusedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q_logits, *target):
+        loss, gradient = fused_cross_entropy(q_logits, *target)
+        ctx.dtype = q_logits.dtype
+        ctx.save_for_backward(gradient)
+        return loss
 
-
-def save_for_backward(ctx, inputs, output):
-    ctx.dtype = inputs[0].dtype
-    ctx.save_for_backward(output[1])
-
-
-def backward(ctx, dloss, _):
-    (gradient,) = ctx.saved_tensors
-    return (dloss[:, None] * gradient).to(ctx.dtype), None, None, None, None, None
-
-
-fused_cross_entropy.register_autograd(backward, setup_context=save_for_backward)
+    @staticmethod
+    @once_differentiable  # a second derivative is refused
+    def backward(ctx, dloss):
+        (gradient,) = ctx.saved_tensors
+        return (dloss[:, None] * gradient).to(ctx.dtype), None, None, None, None, None
 
 
 # ---------------------------------------------------------------- dispatch
@@ -204,5 +200,5 @@ def bellman_cross_entropy(q_logits, next_probs, shift, scale, returns, mc_share,
         raise ValueError(f"shapes {tuple(q_logits.shape)} and {shapes} must be (B, M), (B, M) and (B,) thrice")
     constants = (next_probs, shift, scale, returns)
     if use_kernel("bellman_cross_entropy", backend, q_logits.device, kernel_limit(q_logits, constants)):
-        return fused_cross_entropy(q_logits, *constants, mc_share)[0]
+        return FusedCrossEntropy.apply(q_logits, *constants, mc_share)
     return bellman_cross_entropy_reference(q_logits, *constants, mc_share)

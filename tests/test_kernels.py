@@ -216,6 +216,21 @@ class TestInterpreted:
             given.append(x.detach().requires_grad_() if learnt else x)
         torch.library.opcheck(operator, given, test_utils=("test_schema", "test_faketensor"))
 
+    def test_a_second_derivative_is_refused(self):
+        """It would lack whatever passes through the kernel: PyTorch cannot look inside."""
+        (q, k, v), _ = attention_inputs(5, 7, 16)
+        q_logits, *target = bellman_inputs(3, 11)
+        kernels = {
+            q.requires_grad_(): lambda: attention(q, k, v, backend="triton"),
+            q_logits.requires_grad_(): lambda: bellman_cross_entropy(
+                q_logits, *target, 0.3, backend="triton"
+            ),
+        }
+        for learnt, kernel in kernels.items():
+            (gradient,) = torch.autograd.grad(kernel().sin().sum(), learnt, create_graph=True)
+            with pytest.raises(RuntimeError, match="once_differentiable"):
+                gradient.square().sum().backward()
+
     def test_torch_compile_takes_the_kernels_without_a_break(self):
         def step(q, k, v, mask, q_logits, *target):
             out = attention(q, k, v, mask, backend="triton")
