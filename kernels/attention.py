@@ -256,7 +256,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 WIDTHS = (16, 32, 64)  # of heads
 FP32_LAUNCHES = {
     ("forward", FP32): dict.fromkeys(WIDTHS, Launch(32, 32, 8, 1)),
-    ("by_queries", FP32): dict.fromkeys(WIDTHS, Launch(32, 16, 8, 1)),
+    ("by_queries", FP32): {**dict.fromkeys(WIDTHS, Launch(32, 16, 8, 1)), 64: Launch(16, 16, 8, 1)},
     ("by_keys", FP32): {**dict.fromkeys(WIDTHS, Launch(16, 32, 8, 1)), 32: Launch(32, 32, 8, 1)},
 }
 LAUNCHES = {
