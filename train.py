@@ -424,13 +424,17 @@ def train(config, settings, sources, run, resume=None, at=None):
             _, generator = random_streams(config.seed, learner.updates, config.device)
             try:
                 metrics = learner.update(learner.choose(candidates, generator), generator)
+                step, line = learner.updates, {}
+                last = step == config.steps
+                stopped = stop.agreed(learner.device)
+                logs = due(config.log_every, step) or last
+                saves = due(config.save_every, step) or last or stopped
+                if logs or saves:
+                    learner.check(metrics)
             except NonFinite as error:
-                raise not_finite(run, config.seed, learner.updates, sampler, error) from None
+                raise not_finite(run, config.seed, sampler, error) from None
             bar.update()
-            step, line = learner.updates, {}
-            last = step == config.steps
-            stopped = stop.agreed(learner.device)
-            if due(config.log_every, step) or last:
+            if logs:
                 line = averaged(metrics, learner.device)
                 shown = {name: f"{line[name]:.3g}" for name in ("loss", "grad_norm")}
                 bar.set_postfix(shown, refresh=False)
@@ -443,7 +447,7 @@ def train(config, settings, sources, run, resume=None, at=None):
                     line |= evaluate_on_the_way(target, metas, config, settings, candidates, bar)
             if line:
                 log.write(step, line)
-            if due(config.save_every, step) or last or stopped:
+            if saves:
                 log.sync()  # the log first: a checkpoint's lines are there when it is
                 save(run, learner, config.keep)
     batches.close()
@@ -475,14 +479,14 @@ def finish(run, config, settings, target, metas):
         sys.exit(EPISODES_FAILED)
 
 
-def not_finite(run, seed, update, sampler, error):
+def not_finite(run, seed, sampler, error):
     """Write run/nonfinite.json, what one needs to make a failed update again -> a RunError"""
-    rng, _ = random_streams(seed, update, "cpu")
+    rng, _ = random_streams(seed, error.update, "cpu")
     episode, begin, _ = sampler.draw([rng])
     rows = {}
     for number, source in enumerate(sampler.sources):
         rows[str(source.data.folder)] = begin[sampler.source[episode] == number].tolist()
-    found = {"update": update, "seed": seed, "message": str(error), "metrics": error.metrics,
+    found = {"update": error.update, "seed": seed, "message": str(error), "metrics": error.metrics,
              "rows": rows}
     path = run / "nonfinite.json"
     if parallel.RANK == 0:
