@@ -10,6 +10,10 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 
 
+class Wrong(Exception):
+    """What is wrong with an answer, in a sentence."""
+
+
 class Exercise(NamedTuple):
     """A function whose body a student writes again."""
     module: str

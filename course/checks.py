@@ -9,7 +9,7 @@ import math
 import numpy as np
 import torch
 
-from course.grade import Wrong
+from course import Wrong
 from data import FINAL_OBS, FLAG, REWARD, TERMINATED, TRUNCATED, Batch
 from kernels import attention as attending
 from learner import Learner, data_weights, n_step_return, settings_for
@@ -174,7 +174,7 @@ def sample(function):
     count = 20_000
     actions = function(policy, seeded(1, count, 3))
     expect(actions.shape, (1, count, 2), "the shape of the actions, (B, N, A)", "a shape")
-    nearest = ((3 * actions).round() / 3 - actions).abs().max()
+    nearest = ((1.5 * actions).round() / 1.5 - actions).abs().max()  # -2/3, 0, 2/3
     if nearest > 1e-4:
         raise Wrong(f"a value: an action lies {nearest:.2g} beside the centre of its bin")
     for dimension, want in ((0, [0.7, 0.2, 0.1]), (1, [0.2, 0.2, 0.6])):
@@ -215,6 +215,9 @@ def entropy(function):
            "two dimensions, the second of which is certain")
     expect(function(mixture((0.5, [certain]), (0.5, [[0.0, 1.0]]))), math.log(2),
            "two components, each certain, of different bins")
+    of_mixture = -0.875 * math.log(0.875) - 0.125 * math.log(0.125)
+    expect(function(mixture((0.25, [even]), (0.75, [certain]))), of_mixture,
+           "two components of unlike weight")
     expect(function(mixture((1.0, [certain, even]), mask=[True, False])), 0.0,
            "a dimension that this task does not have is counted", "a mask")
 

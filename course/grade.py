@@ -13,11 +13,7 @@ import os
 import sys
 import traceback
 
-from course import EXERCISES, ROOT
-
-
-class Wrong(Exception):
-    """What is wrong with an answer, in a sentence."""
+from course import EXERCISES, ROOT, Wrong
 
 
 def fault_of(check, function, file=None):
