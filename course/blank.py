@@ -5,8 +5,8 @@
     python -m course.grade iqm                is it right?
     python -m course.blank iqm --restore      the repository's own again; your answer is kept
 
-Only that function is touched. It is refused if it has changes that git does not know, for they would
-be lost. What was taken out, and your answer, are kept in course/answers/, which git ignores.
+Only that function is touched. It is refused if it has changes that git does not know, for they
+would be lost. What was taken out, and your answer, are kept in course/answers/, which git ignores.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def committed(root, file):
     try:
         ran = subprocess.run(command, cwd=root, capture_output=True)
     except FileNotFoundError:
-        raise Refused("git is not installed, and an exercise is only taken out of a clone") from None
+        raise Refused("git is not installed: it keeps what is taken out") from None
     if ran.returncode:
         raise Refused(f"{file} is not known to git here: clone the repository, and work there")
     return ran.stdout.decode("utf-8")

@@ -92,7 +92,7 @@ def n_step_returns(function):
 
 def pair(got):
     if not isinstance(got, tuple) or len(got) != 2:
-        raise Wrong("a type: two tensors are to be returned, the reward and the discount")
+        raise Wrong("a type: two tensors are returned, the reward and the discount")
     return got
 
 
@@ -282,7 +282,7 @@ def improve_on_data(function):
     clone = (1 + seeded(8, seed=1)).requires_grad_()
     got = function(learner, batch, clone, shift, bootstrap)
     if not isinstance(got, tuple) or len(got) != 3:
-        raise Wrong("a type: the term, the next value's distribution and metrics are to be returned")
+        raise Wrong("a type: the term, the next value's distribution and metrics are returned")
     target = learner.target_model
     with torch.no_grad():
         v_now, v_after = (target.v(target.encode(obs[:, 0], batch.task))

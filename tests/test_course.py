@@ -19,7 +19,7 @@ from kernels import triton_support
 
 ROOT = Path(__file__).parent.parent
 
-# By exercise: a wrong answer as (text, what a student writes there, a part of what the grader says).
+# By exercise: a wrong answer as (text, what a student writes there, part of the grader's answer).
 WRONG = {
     "return_to_go": [
         ("if not terminated:", "if False:", "a time limit, which is not an end"),
