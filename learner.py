@@ -7,9 +7,10 @@
     td        -sum_q Gamma(q) log p(q|s, a),      Gamma: the projected Bellman target
 
 The first two count a transition by its `worth`, as if the data were drawn by exp(focus * return)
-[ours]. theta' is the target model, a lagged average of theta; draws are from its policy squared
-[ours]. Values are scaled task by task to [0, 1], so that one set of atoms serves returns of any
-size: q = (return - low) / (high - low).
+[ours]. theta' is the target model, a lagged average of theta. Gamma also holds a share of the
+observed return, which falls from all to nothing as training goes on [ours]. Values are scaled task
+by task to [0, 1], so that one set of atoms serves returns of any size:
+q = (return - low) / (high - low).
 """
 
 import copy
@@ -22,6 +23,7 @@ import parallel
 from kernels.categorical_projection import bellman_cross_entropy, point_mass
 from model import Perceiver
 
+POOL = 8  # candidates for each place in a batch, where focus chooses
 VALUE_MARGIN = 0.2  # atoms reach past the data's returns by this share of their range, either side
 RISE, FINAL_RATE = 200, 0.05  # of the learning rate: updates of its rise, the share left at the end
 
@@ -35,10 +37,8 @@ class LossSettings:
     act: str = "improved"  # how the policy acts when it is evaluated, see ACTS in eval.py
     eta: float = 2.0  # divides Q, or the advantage, in units of its spread; also where pi_imp acts
     focus: float = 5.0  # the policy learns as from data drawn by exp(focus * return); 0: all alike
-    pool: int = 8  # candidates for each place in a batch, where focus chooses
     samples: int = 8  # N, actions drawn from the target policy at a state
     n_step: int = 3  # rewards summed before the bootstrap
-    mc_share: float = 0.5  # share of the observed return in the critic's target, after the warm-up
     warmup: float = 0.5  # share of the updates that clone, and fit the critic to observed returns
     top: float = 1.0  # share of the episodes, the best, that are learnt from
     target_rate: float = 0.01  # theta' moves by this share towards theta at each update
@@ -50,9 +50,12 @@ CLONING = dict(alpha=1.0, beta=0.0, act="mean", n_step=1, focus=0.0)
 ALGORITHMS = {
     "bc": CLONING,
     "filtered_bc": dict(CLONING, top=0.1),
+    "rwr": dict(CLONING, focus=5.0),
     "bc_q": dict(alpha=1.0, focus=0.0, act="mean"),
-    "pac": dict(),
+    "one_step": dict(warmup=1.0),
+    "pac_paper": dict(focus=0.0, alpha=0.5),
     "pacv": dict(critic="v", alpha=0.2, eta=1.0, act="mean"),
+    "pac": dict(),
 }
 RENAMED = {"fc": "filtered_bc", "bcq": "bc_q"}  # bcq is Batch-Constrained Q-learning to this field
 
@@ -135,6 +138,17 @@ def value_range(metas):
     return low - margin, high - low + 2 * margin
 
 
+def observed_share(update, warmup_updates, total):
+    """The share of the observed return in the critic's target: 1, then 1/2, then 0 [ours].
+
+    The behaviour's own returns teach the critic first: from temporal differences alone falls travel
+    back slowly. In the end they must go, for they say what the behaviour gets, not the policy.
+    """
+    if update < warmup_updates:
+        return 1.0
+    return 0.5 if update < (warmup_updates + total) / 2 else 0.0
+
+
 def schedule(update, total):
     """The learning rate's factor: up over some updates, then down along a cosine."""
     fraction = min(update / max(total, 1), 1)
@@ -168,7 +182,7 @@ class Learner:
         self.target_model = copy.deepcopy(self.model).requires_grad_(False)
         self.forward = self.loss  # several ranks put DDP or FSDP around it
         self.make_optimizer()
-        self.pool = settings.pool if settings.focus else 1
+        self.pool = POOL if settings.focus else 1
         self.warmup_updates = round(settings.warmup * total_updates)
         self.num_tasks = len(metas)
         low, range_ = value_range(metas)
@@ -187,7 +201,7 @@ class Learner:
                                        "exp_avg_sq": torch.zeros_like(p)}
 
     def compile(self):
-        """Compile the loss from now on: once for the warm-up and once for what follows."""
+        """Compile the loss from now on, once for each value of `observed_share`."""
         # linear_of_task reads how many rows a task has.
         torch._dynamo.config.capture_scalar_outputs = True
         self.loss = self.forward = torch.compile(self.loss, dynamic=False)
@@ -222,8 +236,8 @@ class Learner:
         shape = 2 * len(batch.task), self.settings.samples, 1 + batch.action.shape[-1]
         return torch.rand(shape, generator=generator, device=self.device)
 
-    def loss(self, batch, noise, warm):
-        """The whole loss of a batch -> (loss, metrics). noise: see above; warm: still warming up"""
+    def loss(self, batch, noise, share):
+        """The whole loss of a batch -> (loss, metrics). noise: see above; share: `observed_share`"""
         s, task = self.settings, batch.task
         obs, action = batch.obs[:, 0], batch.action[:, 0]  # (B, O), (B, A)
         worth = 1.0 if batch.worth is None else batch.worth  # (B,)
@@ -239,14 +253,13 @@ class Learner:
             reward, bootstrap = n_step_return(batch, self.discount[task])
             # In values on [0, 1], the n-step target is shift + bootstrap * the next value.
             shift = (reward - (1 - bootstrap) * self.low[task]) / self.range[task]
-            if warm:  # the critic learns what the data's actions returned: there is no next value
-                alpha, mc_share, next_probs = 1.0, 1.0, torch.zeros_like(logits)
+            if share == 1:  # the warm-up: the policy clones, the critic needs no next value
+                alpha, next_probs = 1.0, torch.zeros_like(logits)
             else:
-                mc_share = s.mc_share
                 improve, next_probs, found = self.improve(batch, noise, policy, clone, shift,
                                                           bootstrap)
                 metrics.update(found)
-            td = bellman_cross_entropy(logits, next_probs, shift, bootstrap, observed, mc_share)
+            td = bellman_cross_entropy(logits, next_probs, shift, bootstrap, observed, share)
             value = self.model.expectation(logits.detach())
             metrics.update({"critic/loss": td.mean(), "critic/value": value.mean(),
                             "critic/observed": observed.mean(),
@@ -279,7 +292,7 @@ class Learner:
         with torch.no_grad():  # everything that the target model says
             obs, tasks = self.now_and_after(batch)
             latents = target.encode(obs, tasks)  # (2B, L, W)
-            actions = target.policy(latents, tasks).sharpen().sample(noise)  # (2B, N, A)
+            actions = target.policy(latents, tasks).sample(noise)  # (2B, N, A)
             probs = torch.softmax(target.q(latents, actions, tasks), dim=-1)  # (2B, N, M)
             probs_now, probs_after = probs.chunk(2)
             q = target.mean_value(probs_now)  # (B, N)
@@ -312,7 +325,7 @@ class Learner:
         self.target_model.q_spread[task] = new
 
     def choose(self, candidates, generator):
-        """A Batch of `pool` times too many transitions -> one of B, half by chance, half by their
+        """A Batch of POOL times too many transitions -> one of B, half by chance, half by their
         worth.
 
         Worth, exp(focus * return), lies on a tenth of the data: weights alone left most of a batch
@@ -342,12 +355,13 @@ class Learner:
     def gradient(self, batch, generator):
         """Leave the gradient of the loss, of all parts of the batch -> metrics"""
         self.optimizer.zero_grad(set_to_none=True)
-        parts, warm = [], self.updates < self.warmup_updates
+        share = observed_share(self.updates, self.warmup_updates, self.total_updates)
+        parts = []
         for first in range(self.accumulate):
             part = batch.take(slice(first, None, self.accumulate))  # with every task's share
             on_gpu = self.device.type == "cuda"
             with torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu):
-                loss, metrics = self.forward(part, self.noise(part, generator), warm)
+                loss, metrics = self.forward(part, self.noise(part, generator), share)
             (loss / self.accumulate).backward()
             parts.append({name: value.detach() for name, value in metrics.items()})
         return {name: torch.stack([part[name] for part in parts]).mean(0) for name in metrics}

@@ -148,8 +148,8 @@ class LossModule(nn.Module):
         super().__init__()
         self.model, self.target_model, self.loss = learner.model, learner.target_model, learner.loss
 
-    def forward(self, batch, noise, warm):
-        return self.loss(batch, noise, warm)
+    def forward(self, batch, noise, share):
+        return self.loss(batch, noise, share)
 
 
 def join(learner, shard):

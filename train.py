@@ -184,7 +184,7 @@ LOW_ENTROPY, HIGH_VALUE = 0.1, 0.25
 def check(config, settings):
     """RunError for what cannot be; nothing has been written yet."""
     counts = asdict(config) | asdict(settings)
-    for name in ("batch_size", "accumulate", "pool", "samples", "n_step"):
+    for name in ("batch_size", "accumulate", "samples", "n_step"):
         if counts[name] < 1:
             raise RunError(f"{flag(name)} {counts[name]}: it has to be 1 at the least")
     if config.batch_size % (parallel.RANKS * config.accumulate):
@@ -319,7 +319,7 @@ def warnings_of(metrics):
                "raise --eta or --alpha")
     if metrics.get("critic/value", 0) - metrics.get("critic/observed", 0) > HIGH_VALUE:
         yield (f"the critic overestimates (mean Q exceeds the observed returns by {HIGH_VALUE} of "
-               "the range of values): raise --mc-share or --alpha, or lower --n-step")
+               "the range of values): raise --alpha, or lower --n-step")
 
 
 def averaged(metrics, device):

@@ -50,6 +50,11 @@ def play_block(job):
 
 
 def jobs_of(task, part, transitions, shares, seed):
+    """What play_block is asked for. `beyond` is `switching` without the expert: the other levels
+    keep their proportions."""
+    if part == "beyond":
+        rest = 1 - shares["expert"]
+        shares = {level: shares[level] / rest for level in shares if level != "expert"}
     amounts = {None: transitions}
     if part == "levels":
         amounts = {level: share * transitions for level, share in shares.items()}

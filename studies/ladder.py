@@ -1,4 +1,4 @@
-"""Study 1: five algorithms on the two parts of the default data. And what all studies share.
+"""Study 1: what each ingredient adds, on the parts of the default data. And what all studies share.
 
     python -m studies.ladder                 the runs that are missing, then table and figure
     python -m studies.ladder --part levels   one part's runs only
@@ -210,9 +210,10 @@ def add_choices(parser, name, groups, algos):
 
 # ---------------------------------------------------------------- study 1
 
-ALGOS = ("bc", "filtered_bc", "bc_q", "pacv", "pac")
-OTHER_ACTS = {"bc_q": "improved", "pac": "mean"}  # played too: is it the critic, or the policy?
-SHOWN = ("bc", "filtered_bc", "bc_q", "bc_q-improved", "pacv", "pac-mean", "pac")
+ALGOS = ("bc", "filtered_bc", "rwr", "bc_q", "one_step", "pac_paper", "pacv", "pac")
+# Played too: is it the critic, or the policy?
+OTHER_ACTS = {"bc_q": "improved"}
+SHOWN = ("bc", "filtered_bc", "rwr", "bc_q-improved", "one_step", "pac_paper", "pacv", "pac")
 
 
 def study1(folder=None):
