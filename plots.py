@@ -435,8 +435,8 @@ def q_spreads(scene, states=1024, draws=32):
     return [q.std(1)[batch.task == index].numpy() for index in range(len(scene.tasks))]
 
 
-def frames_figure(scene, count=8, longest=64):
-    """The beginning of an episode that the policy's mean plays."""
+def film(scene, longest):
+    """The frames of an episode's beginning, which the policy's mean plays."""
     frames, low = [], np.array(scene.meta["action_low"], np.float32)
     half = (np.array(scene.meta["action_high"], np.float32) - low) / 2
     env = envs.make(scene.meta, render=True)
@@ -450,6 +450,16 @@ def frames_figure(scene, count=8, longest=64):
         obs, _, terminated, truncated, _ = env.step(low + (unit + 1) * half)
         over = terminated or truncated
     env.close()
+    return frames
+
+
+def frames_figure(scene, count=8, longest=64):
+    """A strip of them."""
+    try:
+        frames = film(scene, longest)
+    except Exception as error:  # whatever an environment or its renderer raises
+        raise RunError(f"{scene.name} cannot be filmed here ({type(error).__name__}: {error}); "
+                       "the other figures are there") from None
     shown = np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)
     figure, axes = plt.subplots(1, len(shown), figsize=(1.6 * len(shown), 2), squeeze=False,
                                 layout="constrained")

@@ -4,7 +4,9 @@ A grader passes on the repository's own code. It fails on the blanked body and o
 answers that students give, made by a change of the repository's own text.
 """
 
+import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -12,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from course import EXERCISES, blank, grade
+from course import EXERCISES, blank, grade, notebook
 from course.checks import CHECKS
 from course.grade import fault_of, function_of
 from kernels import triton_support
+from tests.test_eval import STOP_AFTER_PARSING, commands_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -345,3 +348,51 @@ def test_typing_errors_are_answered(capsys):
         with pytest.raises(SystemExit) as end:
             main(["iqn"])
         assert end.value.code == 2 and "invalid choice: 'iqn'" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- the texts
+
+def test_every_command_of_the_course_parses():
+    """As in test_eval: the flags and choices exist."""
+    commands = list(commands_of((ROOT / "course" / "README.md").read_text()))
+    assert len(commands) >= 20
+    script = f"COMMANDS = {commands!r}\n{STOP_AFTER_PARSING}"
+    ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_the_course_names_every_exercise_and_what_it_links_to_is_there():
+    text = (ROOT / "course" / "README.md").read_text()
+    for name in EXERCISES:
+        assert f"`{name}`" in text, name
+    links = re.findall(r"\]\(([^)#]+)", text)
+    assert len(links) > 5
+    assert [link for link in links if not (ROOT / "course" / link).exists()] == []
+
+
+def test_the_notebook_is_made_of_its_script():
+    cells = notebook.cells_of(notebook.SCRIPT.read_text())
+    stored = json.loads(notebook.NOTEBOOK.read_text())["cells"]
+    assert len(cells) > 20
+    for cell, there in zip(cells, stored, strict=True):
+        source = "".join(there["source"])
+        assert (there["cell_type"], source) == (cell["cell_type"], cell["source"])
+        assert not [output for output in there.get("outputs", ()) if "ename" in output]
+
+
+def test_a_script_becomes_cells():
+    script = "# %% [markdown]\n# # Title\n#\n# Text.\n\n# %%\nx = 1\n\n\n# %%\nx\n"
+    text, first, second = notebook.cells_of(script)
+    assert (text["cell_type"], text["source"]) == ("markdown", "# Title\n\nText.")
+    assert (first["cell_type"], first["source"]) == ("code", "x = 1")
+    assert second["source"] == "x"
+
+
+@pytest.mark.slow
+def test_the_notebook_runs():
+    pytest.importorskip("nbclient")
+    cells = notebook.cells_of(notebook.SCRIPT.read_text())
+    done = notebook.executed(notebook.notebook_of(cells), ROOT / "course")
+    pictures = [output for cell in done.cells for output in cell.get("outputs", ())
+                if "image/png" in output.get("data", ())]
+    assert len(pictures) == 6
