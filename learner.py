@@ -131,6 +131,13 @@ def data_weights(merit, task, num_tasks, focus):
     return w / mean_per_task(w, task, num_tasks)
 
 
+def value_range(metas):
+    """Of each task the return that is value 0, and how much more is value 1: both (tasks,)"""
+    low, high = torch.tensor([meta["return_to_go"] for meta in metas], dtype=torch.float32).T
+    margin = VALUE_MARGIN * (high - low).clamp(min=1e-6)
+    return low - margin, high - low + 2 * margin
+
+
 def observed_share(update, warmup_updates, total):
     """The share of the observed return in the critic's target: 1, then 1/2, then 0 [ours].
 
@@ -181,10 +188,8 @@ class Learner:
         self.pool = POOL if settings.focus else 1
         self.warmup_updates = round(settings.warmup * total_updates)
         self.num_tasks = len(metas)
-        low, high = torch.tensor([meta["return_to_go"] for meta in metas], dtype=torch.float32).T
-        margin = VALUE_MARGIN * (high - low).clamp(min=1e-6)
-        self.low = (low - margin).to(self.device)
-        self.range = (high - low + 2 * margin).to(self.device)
+        low, range_ = value_range(metas)
+        self.low, self.range = low.to(self.device), range_.to(self.device)
         self.discount = torch.tensor([meta["discount"] for meta in metas]).to(self.device)
 
     def make_optimizer(self):

@@ -309,12 +309,16 @@ class Perceiver(nn.Module):
         """
         return (probs * self.value_atoms).sum(-1)
 
-    def attention_entropy(self, obs, task):
-        """Mean entropy, in nats, of the latents' attention over the inputs: low if it collapses."""
+    def attention_scores(self, obs, task):
+        """Of the latents for the inputs: the observation's tokens, then words. (B, H, L, I)"""
         contexts, mask = self.inputs(obs, task)
         q, k, _ = self.encoder.project(Shared(self.latents, task), contexts)
-        scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5  # (B, H, L, I)
-        scores = scores.masked_fill(~mask[:, None, None], -1e9)
+        scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
+        return scores.masked_fill(~mask[:, None, None], -1e9)
+
+    def attention_entropy(self, obs, task):
+        """Mean entropy, in nats, of the latents' attention over the inputs: low if it collapses."""
+        scores = self.attention_scores(obs, task)
         return torch.distributions.Categorical(logits=scores).entropy().mean()
 
 
