@@ -118,6 +118,8 @@ def advice(env_id, error):
             return f"; it is registered by {package}: `pip install {package.replace('_', '-')}`"
         if ":" not in env_id:
             return f"; if a package registers it, name that too: --env-id package:{env_id}"
+    if isinstance(error, ModuleNotFoundError):
+        return f"; `pip install {error.name.replace('_', '-')}`"
     if isinstance(error, TypeError):
         return "; a constructor's arguments are given as --env-args '{\"name\": \"value\"}'"
     return ""

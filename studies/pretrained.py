@@ -19,7 +19,7 @@ from data import write_file
 from eval import evaluate, rollout, table, write_summary
 from studies import RESULTS
 
-COLUMNS, EDGE, FRAMES = 4, 128, 75  # of the film: tasks in a row, pixels of one, its length
+COLUMNS, EDGE, FRAMES = 4, 128, 60  # of the film: tasks in a row, pixels of one, its length
 EPISODES = 10
 
 
