@@ -20,9 +20,10 @@ import os
 import sys
 import zlib
 from collections import deque
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +42,7 @@ REWARD, RETURN, FLAG = -3, -2, -1  # a row's last columns; before them stand obs
 TERMINATED, TRUNCATED, FINAL_OBS = 1, 2, 4  # a row's flag; 0 is an ordinary step
 EPISODE = np.dtype([("start", "<i8"), ("length", "<i8"), ("return", "<f8"), ("checksum", "<i8")])
 AT_ONCE_BYTES = 3 << 20  # batches smaller than this are made several at once
+LARGEST = 1e18  # the square of a larger number overflows in float32
 
 
 class DataError(Exception):
@@ -103,16 +105,22 @@ def progress(iterable=None, **options):
     return tqdm(iterable, dynamic_ncols=True, mininterval=seconds, **options)
 
 
+def notice(text):
+    """A line for the user, above a progress bar if there is one."""
+    tqdm.write(text, file=sys.stderr)
+
+
 # ---------------------------------------------------------------- writing
 
 @contextmanager
-def only_writer(folder):
-    """Hold a folder's lock, or refuse. The system frees it when its process ends in any way."""
+def only_writer(folder, wait=False):
+    """Hold a folder's lock, or refuse, or wait for it. The system frees it when its process ends
+    in any way."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a") as file:
         try:
             if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DataError(f"{folder}: another process is writing here; try again later") from None
         yield
@@ -145,11 +153,22 @@ def return_to_go(reward, terminated, discount):
     future = 0.0
     if not terminated:
         future = float(np.mean(reward[-horizon:])) / (1 - discount)
-    returns = np.empty(len(reward), np.float32)
+    returns = np.empty(len(reward))
     for t in reversed(range(len(reward))):
         future = float(reward[t]) + discount * future
         returns[t] = future
     return returns
+
+
+def flatten(obs, steps=True):
+    """Observations as one array (T+1, O), or (O,) if they are not of several steps: the parts of a
+    dict in the order of their names, those of a tuple in theirs, each read row by row."""
+    if isinstance(obs, Mapping):
+        obs = tuple(obs[name] for name in sorted(obs))
+    if isinstance(obs, tuple):
+        return np.concatenate([flatten(part, steps) for part in obs], axis=-1)
+    obs = np.asarray(obs)
+    return obs.reshape(len(obs), -1) if steps else obs.ravel()
 
 
 def checked(array, shape, what):
@@ -164,6 +183,10 @@ def checked(array, shape, what):
     bad = np.argwhere(~np.isfinite(np.atleast_1d(array)))
     if len(bad):
         raise DataError(f"{what} is not finite at step {bad[0, 0]}")
+    bad = np.argwhere(np.abs(np.atleast_1d(array)) > LARGEST)
+    if len(bad):
+        raise DataError(f"{what} exceeds {LARGEST:g} at step {bad[0, 0]}: float32 cannot hold its "
+                        "square; scale it down")
     return array
 
 
@@ -171,8 +194,18 @@ def row_width(meta):
     return meta["obs_dim"] + meta["action_dim"] + 3
 
 
-def pack(episode, meta, where):
+@dataclass
+class Tally:
+    """What could not be kept of episodes as it was."""
+    clipped: int = 0  # transitions whose action lay outside of the box, by more than rounding
+    coarse: np.ndarray = True  # (O,) the columns whose changes float32 cannot hold, in any episode
+    skipped: list = field(default_factory=list)  # why an episode was left out, for each such
+
+
+def pack(episode, meta, where, tally):
     """An episode -> its rows (T+1, obs_dim + action_dim + 3). where: what errors name."""
+    if isinstance(episode, DataError):  # what a reader gives in the place of a bad one
+        raise episode
     O, A = meta["obs_dim"], meta["action_dim"]
     T = len(np.atleast_1d(episode.reward))
     obs = checked(episode.obs, (T + 1, O), f"{where}: obs")
@@ -181,25 +214,31 @@ def pack(episode, meta, where):
     terminated = checked(episode.terminated, (), f"{where}: terminated") != 0
     if T == 0:
         raise DataError(f"{where}: the episode has no transitions")
+    returns = return_to_go(reward, terminated, meta["discount"])
+    low, high = np.array(meta["action_low"]), np.array(meta["action_high"])
     rows = np.zeros((T + 1, row_width(meta)), np.float32)
     rows[:, :O] = obs
     # What lies outside the box is cut to it, as environments do.
-    rows[:-1, O:REWARD] = np.clip(action, meta["action_low"], meta["action_high"])
+    rows[:-1, O:REWARD] = np.clip(action, low, high)
     rows[:-1, REWARD] = reward
-    rows[:-1, RETURN] = return_to_go(reward, terminated, meta["discount"])
+    rows[:-1, RETURN] = checked(returns, (T,), f"{where}: the return to go")
     rows[-2, FLAG] = TERMINATED if terminated else TRUNCATED
     rows[-1, FLAG] = FINAL_OBS
+    outside = np.maximum(low - action, action - high) > 1e-3 * (high - low)  # (T, A)
+    tally.clipped += int(outside.any(axis=1).sum())
+    spread = np.ptp(np.asarray(episode.obs, np.float64), axis=0)  # (O,)
+    tally.coarse &= (spread > 0) & (spread < 8 * np.spacing(np.abs(obs).max(axis=0)))
     return rows
 
 
-def append(folder, episodes, meta=None, source=None):
+def append(folder, episodes, meta=None, source=None, skip=False):
     """Write `episodes` (an iterable of Episode) behind those in `folder`; with `meta`, start it
-    anew.
+    anew. -> a Tally
 
     They count once meta.json is replaced, in one step, at the end: a killed writer leaves what was
-    there before. source: what errors name, instead of `folder`.
+    there before. source: what errors name, instead of `folder`. skip: leave bad episodes out.
     """
-    folder, records = Path(folder), []
+    folder, records, tally = Path(folder), [], Tally()
     with only_writer(folder):
         if meta is None:
             task = Task(folder)
@@ -210,8 +249,14 @@ def append(folder, episodes, meta=None, source=None):
         low, high = meta["return_to_go"] or (np.inf, -np.inf)
         with open(folder / "rows.bin", "ab") as file:
             file.truncate(start * row_width(meta) * 4)
-            for episode in episodes:
-                rows = pack(episode, meta, f"{source or folder}, episode {len(records)}")
+            for number, episode in enumerate(episodes, before):
+                try:
+                    rows = pack(episode, meta, f"{source or folder}, episode {number}", tally)
+                except DataError as error:
+                    if not skip:
+                        raise
+                    tally.skipped.append(str(error))
+                    continue
                 total = np.sum(rows[:, REWARD], dtype=np.float64)
                 records.append((start, len(rows) - 1, total, zlib.crc32(rows)))
                 low = min(low, float(rows[:-1, RETURN].min()))
@@ -220,8 +265,10 @@ def append(folder, episodes, meta=None, source=None):
                 start += len(rows)
             close(file)
         if len(records) == before:
-            raise DataError(f"{source or folder}: there are no episodes")
+            why = f": {tally.skipped[0]}" if tally.skipped else ""
+            raise DataError(f"{source or folder}: there are no episodes{why}")
         commit(folder, {**meta, "return_to_go": [low, high], "rows": start}, records)
+    return tally
 
 
 def commit(folder, meta, records):

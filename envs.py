@@ -1,5 +1,11 @@
-"""The environments that data sets are of: described, made, timed and filmed."""
+"""The environments that data sets are of: described, made, timed and filmed.
 
+Beside `env_id` a task's meta.json may hold `env_args` (of the constructor), `max_episode_steps` and
+`wrappers`, where they differ from what the id is registered with. `make` builds that environment.
+"""
+
+import importlib.util
+import json
 import os
 import signal
 import sys
@@ -8,37 +14,60 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import gymnasium
-from gymnasium.spaces import Box
+import numpy as np
+from gymnasium.spaces import Box, Dict, Tuple
 
-from data import FORMAT, DataError
+from data import FORMAT, LARGEST, DataError, flatten
 
 RENDER_SIZE = 256  # pixels, of a video's edge
 VIDEO_FPS = 25
+KEPT = ("env_args", "max_episode_steps", "wrappers")  # of an environment, beside its id
+# Packages that register environments when they are imported, by how the ids begin.
+PACKAGES = {"dm_control/": "shimmy", "Meta-World/": "metaworld",
+            **dict.fromkeys(("PointMaze", "AntMaze", "Fetch", "Hand", "Adroit", "FrankaKitchen"),
+                            "gymnasium_robotics")}
+# Wrappers of gymnasium: these change nothing; those have seen data that a new one has not.
+NEUTRAL = ("OrderEnforcing", "PassiveEnvChecker", "RecordEpisodeStatistics", "RecordVideo")
+STATEFUL = ("NormalizeObservation", "NormalizeReward")
+PROBE_STEPS = 10_000  # in which an environment without a registered limit has to set its own
+PROBE_SECONDS = 60
 # What a video needs of MuJoCo without a screen; set before MuJoCo is imported.
 os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")
 
 
-def describe(env_id, instruction, discount=0.99, reference=None):
+def describe(env_id, instruction, discount=0.99, reference=None, **kept):
     """What meta.json says of a task before its first episode. reference: the returns that score 0
-    and 1.
+    and 1. kept: what the environment has beside its id, see KEPT.
 
     DataError if there is no such environment, or if it is not one of vectors.
     """
+    if not 0 <= discount < 1:
+        raise DataError(f"discount {discount}: it has to be at least 0 and below 1")
+    check_reference(reference)
     try:
-        env = gymnasium.make(env_id)
-    except (gymnasium.error.Error, ImportError) as error:
-        raise DataError(f"environment {env_id!r} cannot be made: {error}") from None
+        environment = {"env_id": env_id, **only_changes(env_id, kept)}
+        env = make(environment)
+    except DataError as error:
+        raise DataError(f"{env_id}: {error}") from None
+    except Exception as error:  # a constructor may raise anything
+        raise DataError(f"environment {env_id!r} cannot be made: {in_a_line(error)}"
+                        f"{advice(env_id, error)}") from None
+    check_end(env, env_id)
+    if isinstance(env, Flat) and env.parts:
+        environment["obs_parts"] = env.parts
     obs, action = env.observation_space, env.action_space
     env.close()
-    for name, space in (("observations", obs), ("actions", action)):
-        if not isinstance(space, Box) or len(space.shape) != 1:
-            raise DataError(f"{env_id}: its {name} are {space}, and only vectors (a flat Box) "
-                            "can be learnt from")
+    if not isinstance(action, Box) or len(action.shape) != 1:
+        raise DataError(f"{env_id}: its actions are {action}, and only vectors (a flat Box) can be "
+                        "learnt")
     if not action.is_bounded():
         raise DataError(f"{env_id}: its actions have no bounds: {action}")
+    if max(np.abs(action.low).max(), np.abs(action.high).max()) > LARGEST:
+        raise DataError(f"{env_id}: its actions reach from {action.low.min():g} to "
+                        f"{action.high.max():g}, and float32 cannot hold that box's width")
     return {
         "format": FORMAT,
-        "env_id": env_id,
+        **environment,
         "instruction": instruction,
         "obs_dim": obs.shape[0],
         "action_dim": action.shape[0],
@@ -51,17 +80,167 @@ def describe(env_id, instruction, discount=0.99, reference=None):
     }
 
 
+def check_reference(reference):
+    """DataError if the returns that score 0 and 1 are not finite, or not in this order."""
+    if reference and not -LARGEST < reference["random"] < reference["expert"] < LARGEST:
+        raise DataError(f"reference {reference['random']:g} {reference['expert']:g}: the returns "
+                        "that score 0 and 1 have to be finite, the second above the first")
+
+
+def check_end(env, env_id):
+    """DataError if an environment has no time limit: neither registered, nor one of its own."""
+    if env.spec and env.spec.max_episode_steps:
+        return
+    try:
+        with time_limit(PROBE_SECONDS):
+            env.reset(seed=0)
+            for _ in range(PROBE_STEPS):
+                _, _, terminated, truncated, _ = env.step(env.action_space.sample())
+                if truncated:
+                    return
+                if terminated:
+                    env.reset()
+    except Exception as error:
+        raise DataError(f"{env_id}: an episode cannot be played: {in_a_line(error)}") from None
+    raise DataError(f"{env_id} has no time limit: none is registered, and no random episode was "
+                    f"cut off within {PROBE_STEPS:,} steps; give --max-episode-steps")
+
+
+def in_a_line(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def advice(env_id, error):
+    """What may help where an environment cannot be made."""
+    package = package_of(env_id)
+    if isinstance(error, gymnasium.error.UnregisteredEnv):
+        if package:
+            return f"; it is registered by {package}: `pip install {package.replace('_', '-')}`"
+        if ":" not in env_id:
+            return f"; if a package registers it, name that too: --env-id package:{env_id}"
+    if isinstance(error, TypeError):
+        return "; a constructor's arguments are given as --env-args '{\"name\": \"value\"}'"
+    return ""
+
+
+# ---------------------------------------------------------------- the same environment again
+
+def package_of(env_id):
+    """The package that registers an id, if it is among PACKAGES."""
+    for start, package in PACKAGES.items():
+        if env_id.startswith(start):
+            return package
+    return None
+
+
+def registered(env_id):
+    """The EnvSpec of an id, such as Hopper-v5 or package:Id-v0; its package is imported."""
+    package, _, name = env_id.rpartition(":")
+    if not package and importlib.util.find_spec(package_of(env_id) or "gymnasium"):
+        package = package_of(env_id)
+    if package:
+        importlib.import_module(package)
+    return gymnasium.spec(name)
+
+
+def only_changes(env_id, kept):
+    """Those entries of KEPT that differ from what the id is registered with, as JSON has them."""
+    spec, kept = registered(env_id), json.loads(json.dumps(kept))
+    args = kept.get("env_args") or {}
+    args = {key: value for key, value in args.items()
+            if key != "render_mode" and (key not in spec.kwargs or spec.kwargs[key] != value)}
+    limit = kept.get("max_episode_steps")
+    if limit is not None and limit < 1:
+        raise ValueError(f"max_episode_steps is {limit}")
+    if limit == spec.max_episode_steps:
+        limit = None
+    found = dict(env_args=args, max_episode_steps=limit, wrappers=kept.get("wrappers"))
+    return {key: value for key, value in found.items() if value}
+
+
+def kept_of(spec):
+    """What is kept of a gymnasium EnvSpec that came with a data set -> env_id, and KEPT.
+
+    The id is looked up here: a file does not say what code to run. So of the wrappers, only
+    gymnasium's own are kept.
+    """
+    wrappers = []
+    for wrapper in spec.additional_wrappers:
+        if wrapper.name in NEUTRAL:
+            continue
+        ours = wrapper.entry_point.startswith("gymnasium.wrappers.")
+        if not ours or wrapper.kwargs is None or wrapper.name in STATEFUL:
+            raise DataError(f"its environment {spec.id} is wrapped in {wrapper.entry_point}, which "
+                            "cannot be made again: give --env-id of one that needs no such wrapper")
+        wrappers.append([wrapper.name, wrapper.kwargs])
+    return {"env_id": spec.id, "env_args": spec.kwargs, "wrappers": wrappers,
+            "max_episode_steps": spec.max_episode_steps}
+
+
+class Flat(gymnasium.ObservationWrapper):
+    """Observations of dicts, tuples and arrays as one vector, by data.flatten; of a dict, `parts`
+    has the names and widths, in order."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        check_parts(env.observation_space, "")
+        sample = env.observation_space.sample()
+        width, self.parts = len(self.observation(sample)), {}
+        if isinstance(sample, dict):
+            self.parts = {name: len(self.observation(sample[name])) for name in sorted(sample)}
+        self.observation_space = Box(-np.inf, np.inf, (width,), np.float64)
+
+    def observation(self, obs):
+        return flatten(obs, steps=False)
+
+
+def check_parts(space, name):
+    """DataError if a part of an observation is neither a number nor an array of numbers."""
+    parts = {}
+    if isinstance(space, Dict):
+        parts = space.spaces
+    elif isinstance(space, Tuple):
+        parts = dict(enumerate(space.spaces))
+    elif not isinstance(space, Box) or (space.dtype == np.uint8 and len(space.shape) > 1):
+        raise DataError(f"its observations{name} are {space}, and only vectors, and dicts and "
+                        "tuples of them, can be learnt from")
+    for key, part in parts.items():
+        check_parts(part, f"{name}[{key!r}]")
+
+
 def make(meta, render=False):
-    """The environment of a task's meta.json."""
-    if not render:
-        return gymnasium.make(meta["env_id"], disable_env_checker=True)
-    size = dict(width=RENDER_SIZE, height=RENDER_SIZE)
-    env = gymnasium.make(meta["env_id"], disable_env_checker=True, render_mode="rgb_array", **size)
+    """The environment of a task's meta.json; its observations are vectors."""
+    registered(meta["env_id"])
+    options = dict(meta.get("env_args", {}))
+    if "max_episode_steps" in meta:
+        options["max_episode_steps"] = meta["max_episode_steps"]
+    if render:
+        options["render_mode"] = "rgb_array"
+    env = gymnasium.make(meta["env_id"], disable_env_checker=True, **options)
+    for name, kwargs in meta.get("wrappers", ()):
+        env = getattr(gymnasium.wrappers, name)(env, **kwargs)
+    if not isinstance(env.observation_space, Box) or len(env.observation_space.shape) != 1:
+        env = Flat(env)
+    if render:
+        film(env)
+    return env
+
+
+def film(env):
+    """Have MuJoCo render small pictures, fast, by the camera that follows the robot if its model
+    has one; other environments render as they will."""
+    renderer = getattr(env.unwrapped, "mujoco_renderer", None)
+    if renderer is None:
+        return
+    import mujoco
+    renderer.width = renderer.height = RENDER_SIZE
     # Default quality renders 8 frames a second without a GPU; without these, over 145 (64 x 64,
     # 2026-11-22).
-    env.unwrapped.model.vis.quality.offsamples = 0
-    env.unwrapped.model.vis.quality.shadowsize = 0
-    return env
+    renderer.model.vis.quality.offsamples = 0
+    renderer.model.vis.quality.shadowsize = 0
+    if renderer.camera_id == -1:  # a free one, which stays where it is
+        camera = mujoco.mjtObj.mjOBJ_CAMERA
+        renderer.camera_id = mujoco.mj_name2id(renderer.model, camera, "track")
 
 
 @contextmanager
@@ -85,7 +264,12 @@ def time_limit(seconds):
 
 
 def write_video(path, frames):
-    """Write frames, a list of (H, W, 3) uint8, to a .gif or .mp4."""
+    """Write frames, a list of (H, W, 3) uint8, to a .gif or .mp4; smaller ones in a black border"""
+    if not frames:
+        raise DataError(f"{path}: nothing was filmed")
+    height, width, _ = np.max([frame.shape for frame in frames], axis=0)
+    frames = [np.pad(frame, ((0, height - len(frame)), (0, width - frame.shape[1]), (0, 0)))
+              for frame in frames]
     try:
         import imageio.v3 as imageio
         if Path(path).suffix == ".gif":

@@ -21,7 +21,7 @@ import torch
 
 import parallel
 from kernels.categorical_projection import bellman_cross_entropy, point_mass
-from model import Perceiver
+from model import Perceiver, in_bf16
 
 POOL = 8  # candidates for each place in a batch, where focus chooses
 VALUE_MARGIN = 0.2  # atoms reach past the data's returns by this share of their range, either side
@@ -43,7 +43,7 @@ class LossSettings:
     top: float = 1.0  # share of the episodes, the best, that are learnt from
     target_rate: float = 0.01  # theta' moves by this share towards theta at each update
     learning_rate: float = 3e-3  # the highest, see `schedule`
-    max_grad_norm: float = 1.0  # a longer gradient is cut to this length
+    max_grad_norm: float = 1.0  # a longer gradient is cut to this length; 0: none is
 
 
 CLONING = dict(alpha=1.0, beta=0.0, act="mean", n_step=1, focus=0.0)
@@ -161,8 +161,9 @@ def schedule(update, total):
 class NonFinite(FloatingPointError):
     """The loss or its gradient is not finite; the weights are those of the last good update."""
 
-    def __init__(self, message, metrics):
-        super().__init__(message)
+    def __init__(self, message, update, metrics):
+        super().__init__(f"update {update}: {message}")
+        self.update = update
         self.metrics = {name: value.item() for name, value in metrics.items()}
 
 
@@ -176,6 +177,8 @@ class Learner:
     def __init__(self, config, settings, metas, total_updates, device="cpu", seed=0, accumulate=1):
         self.settings, self.total_updates = settings, total_updates
         self.device, self.accumulate, self.updates = torch.device(device), accumulate, 0
+        self.waits = self.device.type != "cuda"  # may the host read a result in every update?
+        self.skipped = torch.zeros((), device=self.device)  # updates since the first that failed
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = Perceiver(config).to(self.device)
@@ -193,8 +196,11 @@ class Learner:
         # Lists that are kept: to collect the parameters takes 0.15 ms a time.
         self.weights = list(self.model.parameters())
         self.target_weights = list(self.target_model.parameters())
-        rate = self.settings.learning_rate
-        self.optimizer = torch.optim.AdamW(self.weights, lr=rate, weight_decay=1e-4, fused=True)
+        rate, on_gpu = self.settings.learning_rate, self.device.type == "cuda"
+        if on_gpu:  # a tensor, which a CUDA graph reads anew
+            rate = torch.tensor(rate, device=self.device)
+        self.optimizer = torch.optim.AdamW(self.weights, lr=rate, weight_decay=1e-4, fused=True,
+                                           capturable=on_gpu)
         for p in self.weights:  # AdamW makes these at its first step; a checkpoint is read before
             self.optimizer.state[p] = {"step": torch.zeros((), device=p.device),
                                        "exp_avg": torch.zeros_like(p),
@@ -202,7 +208,7 @@ class Learner:
 
     def compile(self):
         """Compile the loss from now on, once for each value of `observed_share`."""
-        # linear_of_task reads how many rows a task has.
+        # On a CPU, linear_by_turns reads how many rows a task has.
         torch._dynamo.config.capture_scalar_outputs = True
         self.loss = self.forward = torch.compile(self.loss, dynamic=False)
 
@@ -359,32 +365,58 @@ class Learner:
         parts = []
         for first in range(self.accumulate):
             part = batch.take(slice(first, None, self.accumulate))  # with every task's share
-            on_gpu = self.device.type == "cuda"
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu):
+            with in_bf16(self.model.config, self.device):
                 loss, metrics = self.forward(part, self.noise(part, generator), share)
             (loss / self.accumulate).backward()
             parts.append({name: value.detach() for name, value in metrics.items()})
+        if len(parts) == 1:
+            return parts[0]
         return {name: torch.stack([part[name] for part in parts]).mean(0) for name in metrics}
 
     def update(self, batch, generator):
-        """One gradient step on a Batch -> metrics, 0-d tensors. `generator`: of all that is random"""
-        batch = batch.to(self.device)
-        metrics = self.gradient(batch, generator)
-        norm = torch.nn.utils.clip_grad_norm_(self.weights, self.settings.max_grad_norm)
-        metrics["grad_norm"] = norm = parallel.full(norm)
-        if not torch.isfinite(norm + metrics["loss"]):
-            raise NonFinite(f"update {self.updates}: the loss is {metrics['loss'].item()} and its "
-                            f"gradient's norm {norm.item()}; the weights were left as they were. "
-                            f"{self.likely_cause(batch, metrics)}", metrics)
+        """One gradient step on a Batch -> metrics, 0-d tensors. `generator`: of all that is random
+
+        On a GPU the host does not wait for it, and `check` tells later whether it failed.
+        """
+        rate = self.settings.learning_rate * schedule(self.updates, self.total_updates)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * schedule(self.updates, self.total_updates)
-        self.optimizer.step()
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        metrics = self.step(batch.to(self.device), generator)
         self.updates += 1
-        # A young average would remember the random start for long: its rate begins at 1.
-        rate = max(self.settings.target_rate, 1 / self.updates)
-        with torch.no_grad():  # else theta' would carry the graph of all updates so far
-            torch._foreach_lerp_(self.target_weights, self.weights, rate)
         return metrics
+
+    def step(self, batch, generator):
+        """What an update computes, on the device."""
+        metrics = self.gradient(batch, generator)
+        longest = self.settings.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, longest)
+        metrics["grad_norm"] = norm = parallel.full(norm)
+        finite = torch.isfinite(norm + metrics["loss"])
+        if not self.waits:
+            self.skipped += ~finite | (self.skipped > 0)
+            self.optimizer.found_inf = self.skipped.clamp(max=1)  # AdamW then changes nothing
+        elif not finite:
+            raise NonFinite(f"the loss is {metrics['loss'].item()} and its gradient's norm "
+                            f"{norm.item()}; the weights were left as they were. "
+                            f"{self.likely_cause(batch, metrics)}", self.updates, metrics)
+        self.optimizer.step()
+        with torch.no_grad():  # else theta' would carry the graph of all updates so far
+            torch._foreach_lerp_(self.target_weights, self.weights, self.target_rate())
+        return metrics
+
+    def target_rate(self):
+        """A young average would remember the random start for long: its rate begins at 1."""
+        return max(self.settings.target_rate, 1 / (self.updates + 1))
+
+    def check(self, metrics):
+        """NonFinite if an update on a GPU has failed. metrics: of the last one"""
+        if self.skipped > 0:
+            raise NonFinite("the loss or its gradient was not finite; the weights are those of "
+                            "before it. --resume with --device cpu makes it again, and names the "
+                            "likely cause", self.updates - int(self.skipped), metrics)
 
     def likely_cause(self, batch, metrics):
         """Why an update may have failed, and what to do."""

@@ -110,6 +110,7 @@ def draw_scores(ax, lines, evaluation, steps):
     """The scores along the way, and at the end those of eval.json, if it is there."""
     names = {name for line in lines for name in line if name.endswith("/score")}
     final = json.loads(evaluation.read_text()) if evaluation.exists() else {"tasks": {}}
+    steps = int(final.get("checkpoint", steps))  # that it is of
     for number, name in enumerate(sorted(names)):
         task = name.removeprefix("eval/").removesuffix("/score")
         marker, color = MARKERS[number % len(MARKERS)], plt.cm.tab10(number % 10)
@@ -118,7 +119,7 @@ def draw_scores(ax, lines, evaluation, steps):
         if task in final["tasks"]:
             ax.plot(steps, final["tasks"][task]["score"], **{**style, "markersize": 7})
     draw_metric(ax, lines, "eval/iqm", "IQM", color="black", linewidth=2.5, marker=".")
-    if "iqm" in final:
+    if final.get("iqm") is not None:
         ax.plot(steps, final["iqm"], color="black", marker="*", markersize=12)
     ax.set_ylabel("normalised score")
 
@@ -158,7 +159,7 @@ def legend_below(figure, ax):
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
-def compare(methods, names, path, title="", panels=None):
+def compare(methods, names, path, title="", panels=None, label=SCORE):
     """One figure of several methods, a row a task, the IQM last. panels: name -> methods"""
     panels = panels or {"": methods}
     most = max(map(len, panels.values()))
@@ -166,7 +167,7 @@ def compare(methods, names, path, title="", panels=None):
     figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False,
                                 layout="constrained")
     for (name, methods), ax in zip(panels.items(), axes[0]):
-        rows(ax, names, methods)
+        rows(ax, names, methods, label)
         ax.set_title(name, fontsize=10)
     figure.suptitle(title, fontsize=10)
     legend_below(figure, axes[0, 0])

@@ -7,10 +7,12 @@
     python prepare.py info datasets/switching       what is in a data set
     python prepare.py verify datasets/switching     check every byte of it
 
-`import` and `export` know .hdf5 files as D4RL's, folders of .npz files, and minari:ID.
+`import` and `export` know .hdf5 files as D4RL's, folders of .npz files, and minari:ID. `import`
+also reads robomimic's .hdf5 files, `imitation`'s trajectories, and LeRobot's tables.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -18,6 +20,21 @@ from behaviors import PARTS, SHARES, TASKS, TRANSITIONS
 
 DATASETS = Path("datasets")
 DEFAULT_SETS = {DATASETS: TRANSITIONS, DATASETS / "tiny": 20_000}  # transitions a task and part
+
+
+def natural(text):
+    """An argument of 0, 1, 2 ..."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of 0, 1, 2 ...")
+    return int(text)
+
+
+def mapping(text):
+    """An argument like '{"name": "value"}'"""
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like '{{\"name\": 1}}'") from None
 
 
 def parse_args(argv=None):
@@ -29,24 +46,35 @@ def parse_args(argv=None):
     build.add_argument("--out", type=Path, default=DATASETS, help="folder (default: %(default)s)")
     build.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     build.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, metavar="TASK")
-    build.add_argument("--transitions", type=int, default=TRANSITIONS,
+    build.add_argument("--transitions", type=natural, default=TRANSITIONS,
                        help="a task and part (default: %(default)s)")
     build.add_argument("--shares", type=float, nargs=len(SHARES), default=list(SHARES.values()),
                        metavar="SHARE", help=f"of {', '.join(SHARES)} (default: %(default)s)")
     build.add_argument("--discount", type=float, default=0.99,
                        help="of the returns to go (default: %(default)s)")
-    build.add_argument("--seed", type=int, default=0)
+    build.add_argument("--seed", type=natural, default=0)
 
     read = commands.add_parser("import", help="make a task of a data set in another format")
-    read.add_argument("source", help="minari:ID, an .hdf5 file as D4RL's, a folder of .npz files")
-    read.add_argument("out", type=Path, help="data set to put it in")
-    read.add_argument("--env-id", help="the environment (default: what a Minari set says)")
-    read.add_argument("--task", help="its name in the data set (default: the environment's)")
-    read.add_argument("--instruction", help="what the model reads (default: the environment's id)")
-    read.add_argument("--discount", type=float, default=0.99,
-                      help="of the returns to go (default: %(default)s)")
-    read.add_argument("--reference", type=float, nargs=2, metavar=("RANDOM", "EXPERT"),
-                      help="returns that score 0 and 1 (default: scores are returns)")
+    add = read.add_argument
+    add("source", help="minari:ID, an .hdf5 file as D4RL's or robomimic's, a folder of .npz files, "
+        "or of `imitation` or LeRobot")
+    add("out", type=Path, help="data set to put it in")
+    add("--env-id", help="the environment, Id-v0 or package:Id-v0 (default: what the source says)")
+    add("--env-args", type=mapping, metavar="JSON", help="of its constructor: '{\"name\": 1}'")
+    add("--max-episode-steps", type=int, metavar="N",
+        help="its time limit, also the data's if that has none (default: the registered one)")
+    add("--task", help="its name in the data set (default: the environment's)")
+    add("--instruction", help="what the model reads (default: the environment's id)")
+    add("--discount", type=float, help="of the returns to go (default: 0.99)")
+    add("--reference", type=float, nargs=2, metavar=("RANDOM", "EXPERT"),
+        help="returns that score 0 and 1 (default: the source's; none: scores are returns)")
+    add("--obs-keys", nargs="+", metavar="KEY", help="which parts of observations (default: all)")
+    add("--no-rewards", action="store_true", help="take 0 for them, where the source has none")
+    add("--skip-bad", action="store_true", help="leave bad episodes out, and say how many")
+    add("--clip-actions", action="store_true", help="cut actions to the environment's box, "
+        "however many lie outside")
+    add("--fit-actions", action=argparse.BooleanOptionalAction, default=True,
+        help="bin over the data's range of an action, where the box is 20 times as wide or more")
 
     write = commands.add_parser("export", help="write a task in another format")
     write.add_argument("task", type=Path, help="such as datasets/switching/Hopper-v5")
@@ -57,7 +85,7 @@ def parse_args(argv=None):
     mix.add_argument("sources", type=Path, nargs="+", help="data sets")
     mix.add_argument("--shares", type=float, nargs="+",
                      help="of each source's episodes (default: all)")
-    mix.add_argument("--seed", type=int, default=0, help="of which episodes (default: %(default)s)")
+    mix.add_argument("--seed", type=natural, default=0, help="of which episodes (default: %(default)s)")
 
     texts = {"info": "what is in a data set", "verify": "read every byte and check it"}
     for name, text in texts.items():
@@ -70,33 +98,58 @@ if __name__ == "__main__":
     ARGS = parse_args()  # before the imports below, which take seconds: errors are answered at once
 
 import os
+import re
 import shutil
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 
 import envs
 from behaviors import INSTRUCTIONS, collect, formats
-from data import RETURN, DataError, Task, append, only_writer, progress, row_width
+from behaviors.imports import describe_import, report
+from behaviors.steps import Reading
+from data import RETURN, DataError, Task, append, notice, only_writer, progress, row_width
 
 # What sources of one task must agree on.
-MUST_AGREE = ("env_id", "obs_dim", "action_dim", "action_low", "action_high", "discount")
+MUST_AGREE = ("env_id", *envs.KEPT, "obs_dim", "action_dim", "action_low", "action_high",
+              "discount")
+COUNTED = ("name", "episodes", "transitions", "return", "checksum", "sources")  # by a set of its own
 
 
 @contextmanager
-def new_target(target):
-    """A path beside `target` to write to, renamed at the end: half a thing is never believed."""
+def new_target(target, wait=False):
+    """A path beside `target` to write to, renamed at the end: half a thing is never believed.
+
+    wait: for another process that writes; None if it has made the target.
+    """
     target = Path(target)
-    if target.exists():
+    if target.exists() and not wait:
         raise DataError(f"{target} exists already: delete it, or choose another name")
-    with only_writer(target.parent):
-        partial = target.with_name(f".{target.name}.partial")
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        partial.unlink(missing_ok=True)
-        yield partial
-        os.replace(partial, target)
+    partial = target.with_name(f".{target.name}.partial")
+    new = [folder for folder in target.parents if not folder.exists()]
+    with only_writer(target.parent, wait):
+        if target.exists():
+            yield None
+            return
+        remove(partial)
+        try:
+            yield partial
+            os.replace(partial, target)
+        except BaseException:  # nothing is left behind
+            remove(partial)
+            for folder in new:
+                with suppress(OSError):  # it is not empty
+                    (folder / ".lock").unlink(missing_ok=True)
+                    folder.rmdir()
+            raise
+
+
+def remove(path):
+    if path.is_dir():
+        shutil.rmtree(path)
+    with suppress(FileNotFoundError, NotADirectoryError):
+        path.unlink()
 
 
 # ---------------------------------------------------------------- opened
@@ -144,15 +197,36 @@ def merged_metas(tasks):
         one = metas.setdefault(task.name, meta)
         if one is meta:
             continue
-        for key in MUST_AGREE:
-            if one[key] != meta[key]:
-                raise DataError(f"{task.folder}/meta.json: {key} is {meta[key]}, but {one[key]} in "
-                                "another source")
+        must_agree(task, one, "in another source")
+        if meta["reference"] != one["reference"]:
+            if meta["reference"] and one["reference"]:
+                raise DataError(f"{task.folder}/meta.json: reference is {meta['reference']}, but "
+                                f"{one['reference']} in another source")
+            one["reference"] = one["reference"] or meta["reference"]
         ranges = one["return_to_go"] + meta["return_to_go"]
         one["return_to_go"] = [min(ranges), max(ranges)]
         one["transitions"] += meta["transitions"]
         one["episodes"] += meta["episodes"]
     return list(metas.values())
+
+
+def must_agree(task, meta, where):
+    for key in MUST_AGREE:
+        if task.meta.get(key) != meta.get(key):
+            raise DataError(f"{task.folder}/meta.json: {key} is {task.meta.get(key)}, but "
+                            f"{meta.get(key)} {where}")
+
+
+def refuse_other(folder, meta):
+    """DataError if a task's folder holds episodes that those of `meta` cannot be put behind."""
+    if (Path(folder) / "meta.json").exists():
+        must_agree(Task(folder), meta, "in what is to be appended")
+
+
+def anew(meta):
+    """A task's meta as it was before the first episode."""
+    meta = {key: value for key, value in meta.items() if key not in COUNTED}
+    return {**meta, "rows": 0, "return_to_go": None}
 
 
 def verify(tasks):
@@ -191,8 +265,16 @@ def default_folder(size):
     return DATASETS / ("tiny" if size == "tiny" else "") / "switching"
 
 
+def known(names):
+    """DataError for the name of a task that the default data does not have."""
+    for name in names or ():
+        if name not in TASKS:
+            raise DataError(f"no task {name!r}; there are: {', '.join(TASKS)}")
+
+
 def default_metas(names=None):
     """The metas of the default tasks before there is any data."""
+    known(names)
     metas = []
     for name in names or TASKS:
         meta = envs.describe(name, INSTRUCTIONS[name])
@@ -203,6 +285,7 @@ def default_metas(names=None):
 def build_default(folder, names=None):
     """Make what is missing of a default data set; leave other folders alone."""
     if folder.parent in DEFAULT_SETS and folder.name in PARTS:
+        known(names)
         build(folder.parent, [folder.name], names or TASKS, DEFAULT_SETS[folder.parent])
 
 
@@ -213,6 +296,8 @@ def build(folder=DATASETS, parts=PARTS, tasks=TASKS, transitions=TRANSITIONS, sh
     wanted = [pair for pair in wanted if not Path(folder, *pair).exists()]
     if not wanted:
         return
+    metas = {task: envs.describe(task, INSTRUCTIONS[task], discount, collect.reference(task))
+             for task in tasks}
     total = len(wanted) * transitions
     bar = progress(total=total, unit="step", unit_scale=True, desc="data")
     with collect.processes() as pool, bar:
@@ -225,10 +310,10 @@ def build(folder=DATASETS, parts=PARTS, tasks=TASKS, transitions=TRANSITIONS, sh
 
         for part, task in wanted:
             bar.set_postfix_str(f"{part}/{task}")
-            meta = envs.describe(task, INSTRUCTIONS[task], discount, collect.reference(task))
             jobs = collect.jobs_of(task, part, transitions, shares, seed)
-            with new_target(Path(folder, part, task)) as partial:
-                append(partial, episodes(jobs), meta)
+            with new_target(Path(folder, part, task), wait=True) as partial:
+                if partial:
+                    append(partial, episodes(jobs), metas[task])
         bar.update(total - bar.n)
 
 
@@ -236,26 +321,31 @@ def build(folder=DATASETS, parts=PARTS, tasks=TASKS, transitions=TRANSITIONS, sh
 
 
 def run_build(args):
-    if abs(sum(args.shares) - 1) > 1e-6:
-        raise DataError(f"--shares add up to {sum(args.shares)}, not 1")
+    if not (min(args.shares) >= 0 and abs(sum(args.shares) - 1) <= 1e-6):
+        raise DataError(f"--shares {args.shares}: they add up to {sum(args.shares)}, not 1, or one "
+                        "is negative")
+    if not args.transitions:
+        raise DataError("--transitions 0: there would be no data")
     shares = dict(zip(SHARES, args.shares))
     build(args.out, args.part, args.tasks, args.transitions, shares, args.seed, args.discount)
     print(f"the data is in {', '.join(str(args.out / part) for part in args.part)}")
 
 
 def run_import(args):
-    read, what = formats.reader(args.source)
-    env_id = args.env_id or formats.env_id_of(read, what)
-    if not env_id:
-        raise DataError(f"{args.source} does not name its environment: give --env-id, such as "
-                        "--env-id Hopper-v5")
-    reference = dict(zip(("random", "expert"), args.reference)) if args.reference else None
-    meta = envs.describe(env_id, args.instruction or env_id, args.discount, reference)
-    target = args.out / (args.task or env_id.replace("/", "-").replace(":", "-"))
-    with new_target(target) as partial:
-        episodes = progress(read(what), desc="import", unit="episode", delay=2)
-        append(partial, episodes, meta, args.source)
-    print(f"wrote {target}")
+    read, about = formats.reader(args.source)
+    meta = describe_import(args, about)
+    name = args.task or re.sub("[/:]", "-", meta["env_id"])
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise DataError(f"--task {name!r}: a name has letters, digits, and . _ - after the first")
+    reading = Reading(args.max_episode_steps, args.obs_keys, meta.get("obs_parts"),
+                      not args.no_rewards)
+    with new_target(args.out / name) as partial:
+        episodes = progress(read(reading), desc="import", unit="episode", delay=2)
+        tally = append(partial, episodes, meta, args.source, args.skip_bad)
+        for what, (count, first) in reading.notes.items():
+            notice(f"{args.source}: {count:,} {what}; the first: {first}")
+        report(Task(partial), tally, args)
+    print(f"wrote {args.out / name}")
 
 
 def run_export(args):
@@ -289,7 +379,7 @@ def run_mix(args):
                     count = max(1, round(share * len(task.episodes)))
                     kept.append((task, np.sort(rng.permutation(len(task.episodes))[:count])))
             drawn = [{"folder": str(task.folder), "episodes": len(some)} for task, some in kept]
-            meta = {**kept[0][0].meta, "rows": 0, "return_to_go": None, "sources": drawn}
+            meta = {**anew(merged), "sources": drawn}
             total = sum(len(some) for _, some in kept)
             episodes = (task.episode(number) for task, some in kept for number in some)
             bar = progress(episodes, desc="mix", unit="episode", total=total, delay=2)
@@ -321,7 +411,7 @@ def main(argv=None, args=None):
     args = args or parse_args(argv)
     try:
         COMMANDS[args.command](args)
-    except DataError as error:
+    except (DataError, OSError) as error:
         print(f"prepare.py: {error}", file=sys.stderr)
         sys.exit(2)
 

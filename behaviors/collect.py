@@ -3,6 +3,7 @@
 import csv
 import multiprocessing
 import os
+import signal
 from pathlib import Path
 
 import gymnasium
@@ -70,7 +71,9 @@ def processes():
     """A pool of as many processes as there are cores, at most 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # spawn: a fork of a process that has used torch's threads can hang
-    return multiprocessing.get_context("spawn").Pool(min(cores, 8))
+    # Ctrl-C is the parent's to answer: without it, the others end.
+    return multiprocessing.get_context("spawn").Pool(min(cores, 8), signal.signal,
+                                                     (signal.SIGINT, signal.SIG_IGN))
 
 
 def reference(env_id):

@@ -44,7 +44,7 @@ WRONG = {
     "project": [
         ("probs * (moved - lower)", "probs * (moved - lower).round()", "between two atoms"),
         ("probs * (moved - lower)", "probs * (1 - moved + lower)", "not moved at all"),
-        (".clamp(0, 1) *", " *", "it raises RuntimeError"),
+        (".clamp(0, 1) *", " *", "past the first or the last atom"),
         (".scatter_add(-1, lower,", ".scatter(-1, lower,", "not moved at all"),
         ("scale[:, None] * atoms", "atoms", "a scale of 1/2"),
         ("shift[:, None] + scale[:, None] * atoms", "scale[:, None] * (shift[:, None] + atoms)",

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import data
+import parallel
 import prepare
 import train
 from checkpoint import find_checkpoint, learner_tensors
@@ -105,6 +106,7 @@ def test_one_signal_saves_and_two_leave_at_once(small_data, tmp_path, number):
         run(small_data, tmp_path / "once")
 
     def twice():
+        parallel.REPEATED = 0  # seconds
         at_update(13, lambda: [kill(number), kill(number)])
         run(small_data, tmp_path / "twice")
 
