@@ -245,6 +245,15 @@ def film(env):
         renderer.camera_id = mujoco.mj_name2id(renderer.model, camera, "track")
 
 
+def picture(env):
+    """What an environment that was made with `render` looks like: (H, W, 3) uint8."""
+    renderer = getattr(env.unwrapped, "mujoco_renderer", None)
+    if renderer is not None and renderer.viewer is not None:
+        # Else the newest environment's is drawn in, and nothing once any of them was closed.
+        renderer.viewer.make_context_current()
+    return env.render()
+
+
 @contextmanager
 def time_limit(seconds):
     """TimeoutError if the block takes longer: on Unix, in the main thread; elsewhere no limit."""

@@ -183,7 +183,7 @@ class Play:
             if name in info:
                 self.success = bool(self.success or np.any(info[name]))
         if self.render and len(self.reward) % 2:
-            self.frames.append(self.env.render())
+            self.frames.append(envs.picture(self.env))
         if self.terminated or truncated:
             self.close()
 
