@@ -2,6 +2,7 @@
 
 Beside `env_id` a task's meta.json may hold `env_args` (of the constructor), `max_episode_steps` and
 `wrappers`, where they differ from what the id is registered with. `make` builds that environment.
+Dicts of observations are flattened by name; `obs_parts` has the order, and the widths.
 """
 
 import importlib.util

@@ -43,7 +43,7 @@ def report(task, tally, args):
     if tally.skipped:
         notice(f"{where} {len(tally.skipped):,} bad episode(s) left out; the first: "
                f"{tally.skipped[0]}")
-    for column in np.flatnonzero(tally.coarse):
+    for column in np.flatnonzero(tally.coarse()):
         notice(f"{where} what changes in column {column} of the observations is too small beside "
                "its size for float32; subtract a constant from it")
     share = tally.clipped / meta["transitions"]

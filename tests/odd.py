@@ -8,15 +8,15 @@ MOST = np.finfo(np.float32).max
 
 
 class Odd(gymnasium.Env):
-    """Three numbers, two actions; `steps` until it cuts an episode off itself."""
+    """`width` numbers, two actions; `steps` until it cuts an episode off itself."""
 
-    def __init__(self, low=-1.0, high=1.0, steps=20, ends=False, render_mode=None):
+    def __init__(self, low=-1.0, high=1.0, steps=20, ends=False, width=3, render_mode=None):
         self.steps, self.ends = steps, ends
-        self.observation_space = Box(-np.inf, np.inf, (3,), np.float32)
+        self.observation_space = Box(-np.inf, np.inf, (width,), np.float32)
         self.action_space = Box(low, high, (2,), np.float32)
 
     def obs(self):
-        return np.array([self.t, 0.5, 0.0], np.float32)
+        return np.full(self.observation_space.shape, self.t, np.float32)
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
@@ -79,3 +79,4 @@ gymnasium.register("Parts-v0", "tests.odd:Parts", max_episode_steps=30)
 gymnasium.register("Needs-v0", "tests.odd:Needs")
 gymnasium.register("Broken-v0", "tests.odd:Broken")
 gymnasium.register("Unplayable-v0", "tests.odd:Unplayable")
+gymnasium.register("Five-v0", "tests.odd:Odd", kwargs=dict(width=5))

@@ -407,15 +407,18 @@ def test_a_box_whose_width_overflows_is_refused(capsys):
 
 
 def test_a_column_that_float32_cannot_hold_is_named(capsys):
-    """Seconds since 1970; beside it, one that is large and constant, and one that is small."""
-    def clock(rng, number):
-        now = 1.7e9 + 20 * number + np.arange(21)
-        return np.stack([np.full(21, 1e9), now, 1e-9 * rng.normal(size=21)], axis=1)
+    """Seconds since 1970; a place that differs between episodes by centimetres, in metres."""
+    def columns(rng, number):
+        clock = 1.7e9 + 10_000 * number + np.arange(21)
+        fine = 1e-9 * rng.normal(size=21)
+        constant, goal = np.full(21, 1e9), np.full(21, 5e6 + 0.01 * number)
+        return np.stack([constant, clock, fine, goal, np.full(21, 1e9 + 1e4 * number)], axis=1)
 
-    walks(obs=clock)
-    imported()
-    said, = capsys.readouterr().err.splitlines()
-    assert "in column 1 of the observations is too small beside its size for float32" in said
+    walks(obs=columns)
+    imported(env_id="tests.odd:Five-v0")
+    said = capsys.readouterr().err.splitlines()
+    assert [re.search(r"in column (\d) of the observations is too small", line)[1]
+            for line in said] == ["1", "3"]
 
 
 def test_bad_episodes_are_counted_and_all_bad_is_nothing(capsys):
