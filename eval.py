@@ -79,6 +79,7 @@ import data
 import envs
 import parallel
 import plots
+import prepare
 from checkpoint import RunError, load_run
 from learner import improvement_weights
 
@@ -469,6 +470,7 @@ def evaluate_run(run, args):
 def recorded(folder, meta):
     """How many episodes of a task a data set has: the next ones are others."""
     path = Path(folder, meta["name"])
+    prepare.refuse_other(path, meta)
     return len(data.Task(path).episodes) if (path / "meta.json").exists() else 0
 
 
@@ -477,8 +479,7 @@ def record(plays, folder):
     for meta, played in by_task(plays):
         path, start = Path(folder, meta["name"]), None
         if not (path / "meta.json").exists():
-            start = envs.describe(meta["env_id"], meta["instruction"], meta["discount"],
-                                  meta["reference"])
+            start = prepare.anew(meta)
         data.append(path, [play.episode() for play in played], start)
         print(f"wrote {len(played)} episodes to {path}")
 

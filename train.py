@@ -280,7 +280,8 @@ def old_run(flags):
         raise RunError(f"{flags.resume} was trained with --steps {before['steps']}: "
                        f"{config.steps} is fewer, and they may only become more")
     if config.steps > before["steps"]:
-        settings.warmup *= before["steps"] / config.steps  # it stays the same number of updates
+        if settings.warmup < 1:  # it stays the same number of updates
+            settings.warmup *= before["steps"] / config.steps
         print(f"--steps {before['steps']} becomes {config.steps}: the learning rate follows the "
               f"schedule of {config.steps} from here on, and the warm-up stays as long as it was")
     return config, settings
