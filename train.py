@@ -51,6 +51,7 @@ class TrainConfig:
     threads: int = None  # of the CPU (default: 1 for tiny and small, otherwise torch's choice)
     device: str = None  # cpu or cuda (default: cuda if there is one; bf16 there)
     compile: bool = False  # the loss, by torch.compile: faster after a minute or two; needs g++
+    graph: bool = False  # each update as one CUDA graph: one launch instead of hundreds
     accumulate: int = 1  # work a batch off in so many parts, for less memory
     recompute: bool = None  # activations: less memory, a third more work (default: for s, m, l)
     shard: bool = None  # the weights over the ranks, by FSDP, not DDP (default: for s, m, l)
@@ -59,8 +60,8 @@ class TrainConfig:
 
 # On --resume: how, not what, is computed. The bits may differ; with `accumulate` also the
 # statistics within a part.
-MAY_CHANGE = ("verify", "prefetch", "keep", "log", "threads", "device", "compile", "accumulate",
-              "recompute", "shard")
+MAY_CHANGE = ("verify", "prefetch", "keep", "log", "threads", "device", "compile", "graph",
+              "accumulate", "recompute", "shard")
 
 
 # ---------------------------------------------------------------- flags, before torch is imported
@@ -170,7 +171,7 @@ import prepare
 from checkpoint import (FORMAT, Log, RunError, checkpoints, find_checkpoint, read_config, restore,
                         save)
 from eval import EPISODES_FAILED, evaluate, table, write_summary
-from learner import Learner, LossSettings, NonFinite, settings_for
+from learner import Graphs, Learner, LossSettings, NonFinite, settings_for
 from model import config_for, count_parameters
 from parallel import over_ranks
 from plots import curve
@@ -204,6 +205,8 @@ def check(config, settings):
     for name in config.log or ():
         if not importlib.util.find_spec(name):
             raise RunError(f"--log {name} needs `pip install {name}`")
+    if config.graph and (config.device == "cpu" or parallel.RANKS > 1 or config.compile):
+        raise RunError("--graph is for one GPU, without --compile: a CPU has no launches to save")
     if config.compile and config.shard:
         raise RunError("--compile and --shard do not go together: choose one")
 
@@ -351,6 +354,7 @@ def train(config, settings, sources, run, resume=None, at=None):
     print(f"{run}: {config.algo}, {config.size}, {count_parameters(learner.model):,} parameters, "
           f"{len(metas)} tasks, {transitions:,} transitions, {config.device}")
     sampler, batches = make_batches(config, settings, sources, learner)
+    updates = Graphs(learner) if config.graph else learner
     stop, stopped, warned = parallel.Stop(), 0, set()
     log = Log(run, learner.updates, config.log)
     bar = data.progress(total=config.steps, initial=learner.updates, desc="train", unit="update",
@@ -360,7 +364,7 @@ def train(config, settings, sources, run, resume=None, at=None):
             candidates = next(batches).to(learner.device)
             _, generator = random_streams(config.seed, learner.updates, config.device)
             try:
-                metrics = learner.update(learner.choose(candidates, generator), generator)
+                metrics = updates.update_from(candidates, generator)
                 step, line = learner.updates, {}
                 last = step == config.steps
                 stopped = stop.agreed(learner.device)
