@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import (DataDependentOutputException, FakeCop
 import learner as learning
 from kernels import attention, categorical_projection, task_linear, triton_support
 from learner import Graphs, NonFinite
-from studies.gpu import new_learner
+from model import computes_in_bf16, config_for
+from studies.gpu import metas, new_learner
 from studies.kernels import Traffic
 
 # What an update of PAC at size `small` launches, the choice of its rows and the optimiser included:
@@ -66,6 +67,23 @@ def test_an_update_launches_no_more_than_it_did(as_on_a_gpu):
     with mode, Traffic() as traffic:
         learner.update_from(candidates, torch.Generator())
     assert traffic.launches <= LAUNCHES
+
+
+@pytest.mark.parametrize("size, device, wanted", [
+    ("medium", "cuda", False), ("large", "cuda", True), ("l", "cuda", True), ("l", "cpu", False)])
+def test_large_models_compute_in_bf16_on_a_gpu(size, device, wanted):
+    assert computes_in_bf16(config_for(size, metas()), torch.device(device)) == wanted
+
+
+def test_evaluation_computes_as_training_does(monkeypatch):
+    act = pytest.importorskip("eval").act  # it imports gymnasium
+    learner, batch = new_learner("tiny", 1, "bc_q", torch.device("cpu"))
+    obs, task = batch.obs[:, 0], batch.task
+    precise = act(learner.model, obs, task, "improved", generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr("eval.in_bf16", lambda *_: torch.autocast("cpu", torch.bfloat16))
+    rounded = act(learner.model, obs, task, "improved", generator=torch.Generator().manual_seed(0))
+    assert not torch.equal(precise, rounded)
+    torch.testing.assert_close(precise, rounded, atol=0.2, rtol=0)
 
 
 # ---------------------------------------------------------------- updates that failed
