@@ -82,6 +82,7 @@ import plots
 import prepare
 from checkpoint import RunError, load_run
 from learner import improvement_weights
+from model import in_bf16
 
 ENV_SECONDS = 60  # an environment that needs longer for one answer hangs; MuJoCo's need under 0.001
 ALIVE = 100  # environments at once: one of Meta-World's takes 27 MB
@@ -102,8 +103,9 @@ def act(model, obs, task, how, eta=2.0, noise=None):
     sample     a draw
     best       of 16 draws from the sharpened policy, that of the highest Q
     """
-    latents = model.encode(obs, task)
-    policy = model.policy(latents, task)
+    with in_bf16(model.config, obs.device):
+        latents = model.encode(obs, task)
+        policy = model.policy(latents, task)
     if how == "mean":
         return policy.mean()
     if how == "mode":
@@ -113,7 +115,9 @@ def act(model, obs, task, how, eta=2.0, noise=None):
     if how == "sample":
         return policy.sample(noise)[:, 0]
     actions = policy.sharpen().sample(noise)  # (B, N, A)
-    q = model.expectation(model.q(latents, actions, task))  # (B, N)
+    with in_bf16(model.config, obs.device):
+        logits = model.q(latents, actions, task)
+    q = model.expectation(logits)  # (B, N)
     if how == "best":
         return actions[torch.arange(len(q)), q.argmax(1)]
     w = improvement_weights(q, model.q_spread[task], eta)  # (B, N)
