@@ -76,12 +76,13 @@ def test_large_models_compute_in_bf16_on_a_gpu(size, device, wanted):
 
 
 def test_evaluation_computes_as_training_does(monkeypatch):
-    act = pytest.importorskip("eval").act  # it imports gymnasium
+    evaluation = pytest.importorskip("eval")  # it imports gymnasium
     learner, batch = new_learner("tiny", 1, "bc_q", torch.device("cpu"))
     obs, task = batch.obs[:, 0], batch.task
-    precise = act(learner.model, obs, task, "improved", generator=torch.Generator().manual_seed(0))
+    noise = torch.rand(len(obs), *evaluation.draws(learner.model, "improved"))
+    precise = evaluation.act(learner.model, obs, task, "improved", noise=noise)
     monkeypatch.setattr("eval.in_bf16", lambda *_: torch.autocast("cpu", torch.bfloat16))
-    rounded = act(learner.model, obs, task, "improved", generator=torch.Generator().manual_seed(0))
+    rounded = evaluation.act(learner.model, obs, task, "improved", noise=noise)
     assert not torch.equal(precise, rounded)
     torch.testing.assert_close(precise, rounded, atol=0.2, rtol=0)
 
