@@ -131,7 +131,7 @@ def oddity(monkeypatch):
     """Call it with what is odd about task a; b is sound."""
     def change(odd, tasks="a"):
         monkeypatch.setattr(envs, "make", lambda meta, render=False:
-                            Odd(odd if meta.get("name") in tasks else "", "rgb_array"))
+                            Odd(odd if meta.get("name", "-") in tasks else "", "rgb_array"))
     return change
 
 
