@@ -198,8 +198,27 @@ def row_width(meta):
 class Tally:
     """What could not be kept of episodes as it was."""
     clipped: int = 0  # transitions whose action lay outside of the box, by more than rounding
-    coarse: np.ndarray = True  # (O,) the columns whose changes float32 cannot hold, in any episode
     skipped: list = field(default_factory=list)  # why an episode was left out, for each such
+    low: np.ndarray = np.inf  # (O,) of the observations, and so on
+    high: np.ndarray = -np.inf
+    moved: np.ndarray = False  # whether it changed within an episode
+    held: np.ndarray = False  # whether float32 holds its changes within some episode
+
+    def see(self, obs):
+        low, high = obs.min(axis=0), obs.max(axis=0)
+        self.low, self.high = np.minimum(self.low, low), np.maximum(self.high, high)
+        self.moved |= high > low
+        self.held |= held(low, high)
+
+    def coarse(self):
+        """(O,) the columns whose changes, within episodes or between them, float32 cannot hold"""
+        between = (self.high > self.low) & ~held(self.low, self.high)
+        return between | (self.moved & ~self.held)
+
+
+def held(low, high):
+    """Whether float32 has eight steps between two numbers, or more."""
+    return high - low >= 8 * np.spacing(np.maximum(np.abs(low), np.abs(high)).astype(np.float32))
 
 
 def pack(episode, meta, where, tally):
@@ -226,8 +245,7 @@ def pack(episode, meta, where, tally):
     rows[-1, FLAG] = FINAL_OBS
     outside = np.maximum(low - action, action - high) > 1e-3 * (high - low)  # (T, A)
     tally.clipped += int(outside.any(axis=1).sum())
-    spread = np.ptp(np.asarray(episode.obs, np.float64), axis=0)  # (O,)
-    tally.coarse &= (spread > 0) & (spread < 8 * np.spacing(np.abs(obs).max(axis=0)))
+    tally.see(np.asarray(episode.obs, np.float64))
     return rows
 
 

@@ -2,6 +2,7 @@
 
 Beside `env_id` a task's meta.json may hold `env_args` (of the constructor), `max_episode_steps` and
 `wrappers`, where they differ from what the id is registered with. `make` builds that environment.
+Dicts of observations are flattened by name; `obs_parts` has the order, and the widths.
 """
 
 import importlib.util
@@ -118,6 +119,8 @@ def advice(env_id, error):
             return f"; it is registered by {package}: `pip install {package.replace('_', '-')}`"
         if ":" not in env_id:
             return f"; if a package registers it, name that too: --env-id package:{env_id}"
+    if isinstance(error, ModuleNotFoundError):
+        return f"; `pip install {error.name.replace('_', '-')}`"
     if isinstance(error, TypeError):
         return "; a constructor's arguments are given as --env-args '{\"name\": \"value\"}'"
     return ""
@@ -241,6 +244,15 @@ def film(env):
     if renderer.camera_id == -1:  # a free one, which stays where it is
         camera = mujoco.mjtObj.mjOBJ_CAMERA
         renderer.camera_id = mujoco.mj_name2id(renderer.model, camera, "track")
+
+
+def picture(env):
+    """What an environment that was made with `render` looks like: (H, W, 3) uint8."""
+    renderer = getattr(env.unwrapped, "mujoco_renderer", None)
+    if renderer is not None and renderer.viewer is not None:
+        # Else the newest environment's is drawn in, and nothing once any of them was closed.
+        renderer.viewer.make_context_current()
+    return env.render()
 
 
 @contextmanager

@@ -79,8 +79,10 @@ import data
 import envs
 import parallel
 import plots
+import prepare
 from checkpoint import RunError, load_run
 from learner import improvement_weights
+from model import in_bf16
 
 ENV_SECONDS = 60  # an environment that needs longer for one answer hangs; MuJoCo's need under 0.001
 ALIVE = 100  # environments at once: one of Meta-World's takes 27 MB
@@ -101,8 +103,9 @@ def act(model, obs, task, how, eta=2.0, noise=None):
     sample     a draw
     best       of 16 draws from the sharpened policy, that of the highest Q
     """
-    latents = model.encode(obs, task)
-    policy = model.policy(latents, task)
+    with in_bf16(model.config, obs.device):
+        latents = model.encode(obs, task)
+        policy = model.policy(latents, task)
     if how == "mean":
         return policy.mean()
     if how == "mode":
@@ -112,7 +115,9 @@ def act(model, obs, task, how, eta=2.0, noise=None):
     if how == "sample":
         return policy.sample(noise)[:, 0]
     actions = policy.sharpen().sample(noise)  # (B, N, A)
-    q = model.expectation(model.q(latents, actions, task))  # (B, N)
+    with in_bf16(model.config, obs.device):
+        logits = model.q(latents, actions, task)
+    q = model.expectation(logits)  # (B, N)
     if how == "best":
         return actions[torch.arange(len(q)), q.argmax(1)]
     w = improvement_weights(q, model.q_spread[task], eta)  # (B, N)
@@ -183,7 +188,7 @@ class Play:
             if name in info:
                 self.success = bool(self.success or np.any(info[name]))
         if self.render and len(self.reward) % 2:
-            self.frames.append(self.env.render())
+            self.frames.append(envs.picture(self.env))
         if self.terminated or truncated:
             self.close()
 
@@ -469,6 +474,7 @@ def evaluate_run(run, args):
 def recorded(folder, meta):
     """How many episodes of a task a data set has: the next ones are others."""
     path = Path(folder, meta["name"])
+    prepare.refuse_other(path, meta)
     return len(data.Task(path).episodes) if (path / "meta.json").exists() else 0
 
 
@@ -477,8 +483,7 @@ def record(plays, folder):
     for meta, played in by_task(plays):
         path, start = Path(folder, meta["name"]), None
         if not (path / "meta.json").exists():
-            start = envs.describe(meta["env_id"], meta["instruction"], meta["discount"],
-                                  meta["reference"])
+            start = prepare.anew(meta)
         data.append(path, [play.episode() for play in played], start)
         print(f"wrote {len(played)} episodes to {path}")
 

@@ -240,6 +240,12 @@ class Learner:
         """What actions of the target policy are drawn by, at a batch's states and n steps on:
         uniform (2B, N, 1 + A)."""
         shape = 2 * len(batch.task), self.settings.samples, 1 + batch.action.shape[-1]
+        return self.rand(shape, generator)
+
+    def rand(self, shape, generator):
+        """Uniform numbers; a graph reads them from places of its own, `Draws`."""
+        if isinstance(generator, Draws):
+            return generator.rand(shape, self.device)
         return torch.rand(shape, generator=generator, device=self.device)
 
     def loss(self, batch, noise, share):
@@ -342,7 +348,7 @@ class Learner:
         candidates = candidates.to(self.device)
         if self.pool == 1:
             return candidates
-        place = torch.rand((), generator=generator, device=self.device)
+        place = self.rand((), generator)
         if parallel.RANKS > 1:
             candidates = candidates.map(parallel.of_all_ranks)
             torch.distributed.broadcast(place, 0)
@@ -358,11 +364,14 @@ class Learner:
         rows = torch.searchsorted(sums, places * sums[-1])
         return candidates.take(rows.clamp(max=len(task) - 1))
 
+    def share(self):
+        """The share of the observed return in this update's target."""
+        return observed_share(self.updates, self.warmup_updates, self.total_updates)
+
     def gradient(self, batch, generator):
         """Leave the gradient of the loss, of all parts of the batch -> metrics"""
         self.optimizer.zero_grad(set_to_none=True)
-        share = observed_share(self.updates, self.warmup_updates, self.total_updates)
-        parts = []
+        share, parts = self.share(), []
         for first in range(self.accumulate):
             part = batch.take(slice(first, None, self.accumulate))  # with every task's share
             with in_bf16(self.model.config, self.device):
@@ -373,20 +382,27 @@ class Learner:
             return parts[0]
         return {name: torch.stack([part[name] for part in parts]).mean(0) for name in metrics}
 
+    def update_from(self, candidates, generator):
+        """An update by a batch that is chosen among the candidates -> metrics"""
+        return self.update(self.choose(candidates, generator), generator)
+
     def update(self, batch, generator):
         """One gradient step on a Batch -> metrics, 0-d tensors. `generator`: of all that is random
 
         On a GPU the host does not wait for it, and `check` tells later whether it failed.
         """
+        self.set_learning_rate()
+        metrics = self.step(batch.to(self.device), generator)
+        self.updates += 1
+        return metrics
+
+    def set_learning_rate(self):
         rate = self.settings.learning_rate * schedule(self.updates, self.total_updates)
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
-        metrics = self.step(batch.to(self.device), generator)
-        self.updates += 1
-        return metrics
 
     def step(self, batch, generator):
         """What an update computes, on the device."""
@@ -432,3 +448,93 @@ class Learner:
             return "Only the backward pass overflowed. Lower --learning-rate?"
         return ("Data and weights are finite, so the weights have grown too large. "
                 "Lower --learning-rate, or raise --eta?")
+
+
+# ---------------------------------------------------------------- updates as CUDA graphs
+
+class Draws:
+    """Uniform numbers at fixed places, handed out in the order in which they were first asked for."""
+
+    def __init__(self):
+        self.places, self.given, self.generator = [], 0, None
+
+    def rand(self, shape, device):
+        if self.given == len(self.places):
+            self.places.append(torch.rand(shape, generator=self.generator, device=device))
+        self.given += 1
+        return self.places[self.given - 1]
+
+    def refill(self, generator):
+        """The numbers that torch.rand draws for the same shapes, to the bit."""
+        self.generator, self.given = generator, 0
+        for place in self.places:
+            place.uniform_(generator=generator)
+
+
+def aside(function):
+    """function(), on a stream of its own, as what is captured next needs it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        out = function()
+    torch.cuda.current_stream().wait_stream(side)
+    return out
+
+
+def capture(function):
+    """-> a function that launches again, as one CUDA graph, whatever `function` launches."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = function()
+
+    def replay():
+        graph.replay()
+        return out
+
+    return replay
+
+
+class Replay:
+    """Updates of one kind, which read and write the same memory every time.
+
+    The first runs eagerly, the second is captured. Candidates and random numbers are copied to
+    their places before each.
+    """
+
+    def __init__(self, learner, candidates):
+        self.learner, self.candidates = learner, candidates.map(torch.clone)
+        self.draws, self.eager, self.replay = Draws(), True, None
+
+    def step(self):
+        return self.learner.step(self.learner.choose(self.candidates, self.draws), self.draws)
+
+    def __call__(self, candidates, generator):
+        for name, place in vars(self.candidates).items():
+            if isinstance(place, torch.Tensor):
+                place.copy_(getattr(candidates, name))
+        self.draws.refill(generator)
+        if self.eager:
+            self.eager = False
+            return aside(self.step)
+        self.replay = self.replay or capture(self.step)
+        return self.replay()
+
+
+class Graphs:
+    """A Learner's updates as CUDA graphs, one for each share of the observed return."""
+
+    def __init__(self, learner):
+        self.learner, self.replays = learner, {}
+
+    def update_from(self, candidates, generator):
+        """What the learner's does, to the bit. The metrics are overwritten by the next update."""
+        learner = self.learner
+        if learner.target_rate() > learner.settings.target_rate:  # no constant yet
+            return learner.update_from(candidates, generator)
+        share = learner.share()
+        if share not in self.replays:
+            self.replays[share] = Replay(learner, candidates)
+        learner.set_learning_rate()
+        metrics = self.replays[share](candidates, generator)
+        learner.updates += 1
+        return metrics

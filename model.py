@@ -82,10 +82,15 @@ def config_for(size, metas, **changes):
     return ModelConfig(tasks=tasks, **{**SIZES[size], **changes})
 
 
+def computes_in_bf16(config, device):
+    """On a GPU, from `large` on: below, the casts of autocast are a quarter of all launches."""
+    return device.type == "cuda" and config.width >= SIZES["large"]["width"]
+
+
 def in_bf16(config, device):
-    """Autocast to bf16 on a GPU, from `large` on: below, its casts are a quarter of all launches."""
-    wanted = device.type == "cuda" and config.width >= SIZES["large"]["width"]
-    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
+    """Autocast to bf16, where that pays."""
+    enabled = computes_in_bf16(config, device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def count_parameters(model):

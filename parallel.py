@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import Batch
-from model import Attention, Perceiver, count_parameters
+from model import Attention, Perceiver, computes_in_bf16, count_parameters
 
 LAUNCHED = dist.is_torchelastic_launched()
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0
@@ -197,8 +197,11 @@ def join(learner, shard):
             gradient_as_bucket_view=True)  # without the view, each gradient is there twice
         return
     mesh = init_device_mesh(learner.device.type, (dist.get_world_size(),))
+    gathered = torch.bfloat16 if computes_in_bf16(learner.model.config, learner.device) else None
+    policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32,
+                                  cast_forward_inputs=False)
     for block in [m for m in module.modules() if isinstance(m, Attention)]:
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     learner.forward = fully_shard(module, mesh=mesh)
     learner.make_optimizer()  # the parameters are others now: the shards
 

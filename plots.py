@@ -159,18 +159,38 @@ def legend_below(figure, ax):
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
-def compare(methods, names, path, title="", panels=None, label=SCORE):
-    """One figure of several methods, a row a task, the IQM last. panels: name -> methods"""
-    panels = panels or {"": methods}
-    most = max(map(len, panels.values()))
-    size = (4.5 * len(panels) + 1.5, (0.2 + 0.07 * most) * len(names) + 1.8)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False,
-                                layout="constrained")
-    for (name, methods), ax in zip(panels.items(), axes[0]):
-        rows(ax, names, methods, label)
-        ax.set_title(name, fontsize=10)
+def compare(methods, names, path, title="", label=SCORE):
+    """One figure of several methods, a row a task, the IQM last."""
+    size = (6, (0.2 + 0.07 * len(methods)) * len(names) + 1.8)
+    figure, ax = plt.subplots(figsize=size, layout="constrained")
+    rows(ax, names, methods, label)
     figure.suptitle(title, fontsize=10)
-    legend_below(figure, axes[0, 0])
+    legend_below(figure, ax)
+    save(figure, path)
+
+
+def ladder(panels, rungs, path, title):
+    """What each rung adds: a panel a data set, a row a method, its IQM written beside it.
+
+    panels: name -> {method: (centre, low, high)}; rungs: all methods, from the top downwards
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(8, 0.3 * len(rungs) + 1.2), sharey=True,
+                                squeeze=False, layout="constrained")
+    for (name, found), ax in zip(panels.items(), axes[0]):
+        for place, rung in enumerate(reversed(rungs)):
+            if rung in found:
+                centre, low, high = found[rung]
+                number = len(rungs) - 1 - place
+                ax.errorbar(centre, place, xerr=[[centre - low], [high - centre]],
+                            **style(number, len(rungs)))
+                ax.annotate(f"{centre:.2f}", (centre, place), (0, 5), fontsize=7, ha="center",
+                            textcoords="offset points")
+        ax.set_yticks(range(len(rungs)), reversed(rungs))
+        ax.set_ylim(-0.6, len(rungs) - 0.3)
+        ax.set_xlim(0, 1.1)
+        ax.grid(axis="x", color="0.85", linewidth=0.5)
+        ax.set_xlabel(name)
+    figure.suptitle(title, fontsize=10)
     save(figure, path)
 
 

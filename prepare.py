@@ -85,7 +85,8 @@ def parse_args(argv=None):
     mix.add_argument("sources", type=Path, nargs="+", help="data sets")
     mix.add_argument("--shares", type=float, nargs="+",
                      help="of each source's episodes (default: all)")
-    mix.add_argument("--seed", type=natural, default=0, help="of which episodes (default: %(default)s)")
+    mix.add_argument("--seed", type=natural, default=0,
+                     help="of which episodes (default: %(default)s)")
 
     texts = {"info": "what is in a data set", "verify": "read every byte and check it"}
     for name, text in texts.items():
@@ -114,7 +115,8 @@ from data import RETURN, DataError, Task, append, notice, only_writer, progress,
 # What sources of one task must agree on.
 MUST_AGREE = ("env_id", *envs.KEPT, "obs_dim", "action_dim", "action_low", "action_high",
               "discount")
-COUNTED = ("name", "episodes", "transitions", "return", "checksum", "sources")  # by a set of its own
+# What a meta says of the episodes there are.
+COUNTED = ("name", "episodes", "transitions", "return", "checksum", "sources")
 
 
 @contextmanager
@@ -334,11 +336,12 @@ def run_build(args):
 def run_import(args):
     read, about = formats.reader(args.source)
     meta = describe_import(args, about)
-    name = args.task or re.sub("[/:]", "-", meta["env_id"])
+    name = re.sub("[/:]", "-", meta["env_id"]) if args.task is None else args.task
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise DataError(f"--task {name!r}: a name has letters, digits, and . _ - after the first")
-    reading = Reading(args.max_episode_steps, args.obs_keys, meta.get("obs_parts"),
-                      not args.no_rewards)
+    reading = Reading(limit=args.max_episode_steps, longest=envs.make(meta).spec.max_episode_steps,
+                      obs_keys=args.obs_keys, obs_parts=meta.get("obs_parts"),
+                      rewards=not args.no_rewards)
     with new_target(args.out / name) as partial:
         episodes = progress(read(reading), desc="import", unit="episode", delay=2)
         tally = append(partial, episodes, meta, args.source, args.skip_bad)
@@ -396,8 +399,8 @@ def run_info(args):
             checked = ", every byte checked"
         meta, returns = task.meta, task.meta["return"]
         print(f"{task.name:<28} {meta['episodes']:>7,} episodes {meta['transitions']:>11,} "
-              f"transitions   return {returns['mean']:.0f} ± {returns['std']:.0f}, best {returns['max']:.0f}   "
-              f"obs {meta['obs_dim']}, action {meta['action_dim']}{checked}")
+              f"transitions   return {returns['mean']:.0f} ± {returns['std']:.0f}, "
+              f"best {returns['max']:.0f}   obs {meta['obs_dim']}, action {meta['action_dim']}{checked}")
         rest = task.map.size() - meta["rows"] * row_width(meta) * 4
         if rest:
             print(f"  ignored: {rest:,} bytes at the end of rows.bin, of a writer that was killed")

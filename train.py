@@ -53,6 +53,7 @@ class TrainConfig:
     threads: int = None  # of the CPU (default: 1 for tiny and small, otherwise torch's choice)
     device: str = None  # what computes (default: cuda if there is one; bf16 there)
     compile: bool = False  # the loss, by torch.compile: faster after a minute or two; needs g++
+    graph: bool = False  # each update as one CUDA graph: one launch instead of hundreds
     accumulate: int = 1  # work a batch off in so many parts, for less memory
     recompute: bool = None  # activations: less memory, a third more work (default: for s, m, l)
     shard: bool = None  # the weights over the ranks, by FSDP, not DDP (default: for s, m, l)
@@ -61,20 +62,20 @@ class TrainConfig:
 
 # On --resume: how, not what, is computed. The bits may differ; with `accumulate` also the
 # statistics within a part. `data`: the same, elsewhere. `steps` may grow.
-MAY_CHANGE = ("verify", "prefetch", "keep", "log", "threads", "device", "compile", "accumulate",
-              "recompute", "shard", "data", "steps", "episodes", "eval_every", "eval_episodes",
-              "log_every", "save_every")
+MAY_CHANGE = ("verify", "prefetch", "keep", "log", "threads", "device", "compile", "graph",
+              "accumulate", "recompute", "shard", "data", "steps", "episodes", "eval_every",
+              "eval_episodes", "log_every", "save_every")
 
 # The numbers that settings take: in words, as a test, and for which settings.
 RANGES = (
-    ("from 0 to 1", lambda x: 0 <= x <= 1, "alpha alphas mc_share warmup"),
+    ("from 0 to 1", lambda x: 0 <= x <= 1, "alpha alphas warmup"),
     ("above 0 and at most 1", lambda x: 0 < x <= 1, "top target_rate"),
     ("above 0", lambda x: 0 < x < math.inf, "eta learning_rate weights"),
     ("0 or more", lambda x: 0 <= x < math.inf,
      "beta focus max_grad_norm episodes eval_every save_every log_every"),
     ("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32, "seed"),
     ("1 or more", lambda x: x >= 1,
-     "steps batch_size eval_episodes keep threads accumulate pool n_step"),
+     "steps batch_size eval_episodes keep threads accumulate n_step"),
     ("2 or more", lambda x: x >= 2, "samples"),  # one alone has no spread
 )
 
@@ -202,7 +203,7 @@ import prepare
 from checkpoint import (FORMAT, Log, RunError, check_device, checkpoints, find_checkpoint,
                         from_config, read_config, restore, save, set_aside)
 from eval import EPISODES_FAILED, evaluate, full_path, shown, table, write_summary
-from learner import Learner, LossSettings, NonFinite, settings_for
+from learner import Graphs, Learner, LossSettings, NonFinite, settings_for
 from model import config_for, count_parameters
 from parallel import over_ranks
 from plots import curve
@@ -238,6 +239,8 @@ def check(config, settings):
     for name in config.log or ():
         if not importlib.util.find_spec(name):
             raise RunError(f"--log {name} needs `pip install {name}`")
+    if config.graph and (config.device == "cpu" or parallel.RANKS > 1 or config.compile):
+        raise RunError("--graph is for one GPU, without --compile: a CPU has no launches to save")
     if config.compile and config.shard:
         raise RunError("--compile and --shard do not go together: choose one")
 
@@ -280,7 +283,8 @@ def old_run(flags):
         raise RunError(f"{flags.resume} was trained with --steps {before['steps']}: "
                        f"{config.steps} is fewer, and they may only become more")
     if config.steps > before["steps"]:
-        settings.warmup *= before["steps"] / config.steps  # it stays the same number of updates
+        if settings.warmup < 1:  # it stays the same number of updates
+            settings.warmup *= before["steps"] / config.steps
         print(f"--steps {before['steps']} becomes {config.steps}: the learning rate follows the "
               f"schedule of {config.steps} from here on, and the warm-up stays as long as it was")
     return config, settings
@@ -414,6 +418,7 @@ def train(config, settings, sources, run, resume=None, at=None):
     print(f"{run}: {config.algo}, {config.size}, {count_parameters(learner.model):,} parameters, "
           f"{len(metas)} tasks, {transitions:,} transitions, {config.device}")
     sampler, batches = make_batches(config, settings, sources, learner)
+    updates = Graphs(learner) if config.graph else learner
     stop, stopped, warned = parallel.Stop(), 0, set()
     log = Log(run, learner.updates, config.log)
     bar = data.progress(total=config.steps, initial=learner.updates, desc="train", unit="update",
@@ -423,7 +428,7 @@ def train(config, settings, sources, run, resume=None, at=None):
             candidates = next(batches).to(learner.device)
             _, generator = random_streams(config.seed, learner.updates, config.device)
             try:
-                metrics = learner.update(learner.choose(candidates, generator), generator)
+                metrics = updates.update_from(candidates, generator)
                 step, line = learner.updates, {}
                 last = step == config.steps
                 stopped = stop.agreed(learner.device)

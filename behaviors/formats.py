@@ -217,7 +217,7 @@ def write_minari(task, name):
     from minari.storage.datasets_root_dir import get_dataset_path
 
     env = envs.make(task.meta)
-    # Minari's own flattening has another order, so the set holds vectors, and the plain environment.
+    # The set holds vectors, and names the environment that is not flattened yet.
     spec = env.env.spec if isinstance(env, envs.Flat) else env.spec
     spec = replace(spec, id=task.meta["env_id"])  # with its package, to be found again
     reference = task.meta["reference"] or dict(random=None, expert=None)

@@ -1,4 +1,4 @@
-"""The task that `python prepare.py import` makes: described before it is read, judged afterwards."""
+"""The task that `python prepare.py import` makes: described beforehand, judged afterwards."""
 
 import numpy as np
 
@@ -11,7 +11,8 @@ NARROW = 0.05  # the share of the box, below which bins over all of it are too c
 
 def describe_import(args, about):
     """The meta of the task that is imported: as the flags say, and otherwise as its source."""
-    if args.env_id not in (None, about.get("env_id")):  # what is said of another does not hold
+    said, given = (name and name.rpartition(":")[2] for name in (about.get("env_id"), args.env_id))
+    if given not in (None, said):  # what is said of another environment does not hold
         about = {key: about[key] for key in ("box", "discount") if key in about}
     kept = {key: about.get(key) for key in envs.KEPT}
     for key in ("env_args", "max_episode_steps"):
@@ -42,7 +43,7 @@ def report(task, tally, args):
     if tally.skipped:
         notice(f"{where} {len(tally.skipped):,} bad episode(s) left out; the first: "
                f"{tally.skipped[0]}")
-    for column in np.flatnonzero(tally.coarse):
+    for column in np.flatnonzero(tally.coarse()):
         notice(f"{where} what changes in column {column} of the observations is too small beside "
                "its size for float32; subtract a constant from it")
     share = tally.clipped / meta["transitions"]

@@ -21,6 +21,7 @@ BLOCK = 1 << 16  # rows compared at a time
 class Reading:
     """How to read a source, and what was found on the way."""
     limit: int = None  # where a source has no time limits: an episode's end
+    longest: int = None  # what an episode can have in its environment
     obs_keys: list = None  # the parts of observations to take, in order (default: all, by name)
     obs_parts: dict = None  # what the environment's observations are of, {name: width}
     rewards: bool = True  # False: 0 where a source has none
@@ -94,13 +95,14 @@ def episodes_of(obs, next_obs, action, reward, terminated, truncated, reading, w
 
     obs, next_obs: (N, O), sliced; action (N, A); reward, terminated, truncated (N,). If next_obs is
     None, the last step before a time limit is dropped: the state that it led to is not known. If
-    truncated is None, an episode ends at reading.limit.
+    truncated is None, or never set, an episode ends at reading.limit.
     """
     count = len(reward)
     terminated = flags(terminated, count, f"{where}: the flag of terminal states")
     ends = terminated.copy()
     if truncated is not None:
-        ends |= flags(truncated, count, f"{where}: the flag of time limits")
+        truncated = flags(truncated, count, f"{where}: the flag of time limits")
+        ends |= truncated
     if next_obs is not None:
         on = leads_on(obs, next_obs)
         reading.note("flag(s) within an episode, which is split there", sum(on & ends),
@@ -109,14 +111,14 @@ def episodes_of(obs, next_obs, action, reward, terminated, truncated, reading, w
         first = f"{where}, step {np.argmax(breaks) if len(breaks) else 0}"
         if breaks.sum() > DISORDER * count:
             raise DataError(f"{first}: the next observation is not the next row's, nor in "
-                            f"{breaks.sum() - 1:,} more of {count:,} rows: put them in order of time")
+                            f"{breaks.sum() - 1:,} more of {count:,} rows: put them in order")
         reading.note("step(s) that do not lead to the next one, where the episode is split",
                      breaks.sum(), first)
         ends[:-1] |= breaks
     elif truncated is None and not reading.limit:
         raise DataError(f"{where}: neither time limits nor next observations say where an episode "
                         "ends: give --max-episode-steps")
-    if truncated is None and reading.limit:
+    if reading.limit and (truncated is None or not truncated.any()):
         ends |= at_limit(ends, reading.limit)
     start = 0
     for end in np.union1d(np.flatnonzero(ends) + 1, [count][:count]):
@@ -128,6 +130,9 @@ def episodes_of(obs, next_obs, action, reward, terminated, truncated, reading, w
             final, stop = obs[:0], end - 1
             reading.note("last step(s) dropped, for the state that followed is not there", 1,
                          f"{where}, step {stop}")
+        if next_obs is None and reading.longest and end - start > reading.longest:
+            raise DataError(f"{where}, step {start}: {end - start:,} steps without an end, but "
+                            f"its environment has {reading.longest:,}: give --max-episode-steps")
         if stop > start:
             yield Episode(np.concatenate([obs[start:end], final]), action[start:stop],
                           reward[start:stop], terminated[end - 1])
@@ -135,8 +140,7 @@ def episodes_of(obs, next_obs, action, reward, terminated, truncated, reading, w
 
 
 def each(items, read):
-    """What read(where, item) yields for each item {where: item}; an error in the place of a bad one.
-    """
+    """What read(where, item) yields for each (where, item); an error in the place of a bad one."""
     for where, item in items:
         try:
             yield from read(where, item)

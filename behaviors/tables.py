@@ -1,7 +1,7 @@
 """Readers of Arrow tables: LeRobot's folders of .parquet files, and `imitation`'s saved data sets.
 
-Both need pyarrow. As in behaviors.formats, a reader yields Episodes, and a DataError in the place of
-one that cannot be read.
+Both need pyarrow. As in behaviors.formats, a reader yields Episodes, and in the place of one that
+cannot be read a DataError.
 """
 
 from pathlib import Path

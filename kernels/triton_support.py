@@ -96,6 +96,8 @@ def device_limit(device):
         return "needs the package triton (Linux only)"
     if target_of(device) is None:
         known = ", ".join(dict.fromkeys([*NVIDIA_TARGETS.values(), *AMD_TARGETS.values()]))
+        if device.type == "cuda":
+            return f"is built for {known}, not for {torch.cuda.get_device_name(device)}"
         return f"is built for {known}, not for {device}; TRITON_INTERPRET=1 runs it on a CPU"
     return None
 
@@ -132,6 +134,7 @@ def use_kernel(name, backend, device, limit):
     if backend == "triton" and limit:
         raise ValueError(f"{name}: the Triton kernel {limit}")
     if backend is None and limit and device.type == "cuda" and not torch.compiler.is_compiling():
+        name = "kernels" if limit == device_limit(device) else name  # one warning, not one each
         warn_once(f"{name}: using plain PyTorch, since the Triton kernel {limit}")
     wanted = backend == "triton" or (backend is None and device.type == "cuda")
     return wanted and limit is None

@@ -34,7 +34,7 @@ DIRECTIONS = ("forward", "backward")
 MC_SHARE = 0.3
 # Operations without a launch; scalar_tensor stays on the host.
 NO_LAUNCH = ("detach", "_unsafe_view", "empty", "empty_like", "new_empty", "new_empty_strided",
-             "scalar_tensor")
+             "scalar_tensor", "prim::device")
 
 
 # ---------------------------------------------------------------- the arithmetic

@@ -16,10 +16,10 @@ import torch.distributed.checkpoint as dcp
 import checkpoint
 import envs
 from data import write_file
-from eval import evaluate, rollout, table, write_summary
+from eval import evaluate, rollout, table
 from studies import RESULTS
 
-COLUMNS, EDGE, FRAMES = 4, 128, 75  # of the film: tasks in a row, pixels of one, its length
+COLUMNS, EDGE, FRAMES = 4, 128, 60  # of the film: tasks in a row, pixels of one, its length
 EPISODES = 10
 
 
@@ -45,7 +45,7 @@ def smaller(frame):
 
 
 def film(plays):
-    """The first episodes of all tasks, side by side. A short one shows its last frame to the end."""
+    """The first episodes of all tasks, side by side; a short one's last frame stays."""
     rows = -(-len(plays) // COLUMNS)
     frames = []
     for time in range(FRAMES):
@@ -71,7 +71,7 @@ def main():
     how, eta, seed = settings["act"], settings["eta"], config["train"]["seed"] + 1
     summary = evaluate(model, metas, EPISODES, seed, how, eta)
     about = {"act": how, "eta": eta, "seed": seed, "episodes": EPISODES}
-    write_summary(partial / "eval.json", about | summary)
+    write_file(partial / "eval.json", json.dumps(about | summary, indent=2) + "\n")
     plays = rollout(model, metas, 1, seed, how, eta, render=True)
     envs.write_video(partial / "tasks.gif", film(plays))
     shutil.rmtree(args.out, ignore_errors=True)

@@ -19,7 +19,7 @@ import eval as evaluation
 import prepare
 import train
 from checkpoint import find_checkpoint, load_run
-from eval import ACTS, Play, act, interval, iqm, normalise, rollout, summarise
+from eval import ACTS, Play, act, evaluate, interval, iqm, normalise, rollout, summarise
 
 ROOT = Path(__file__).parent.parent
 HOPPER, REACHER = "Hopper-v5", "Reacher-v5"
@@ -410,3 +410,29 @@ def test_every_command_of_a_readme_parses(folder, least):
     finished = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True,
                               text=True)
     assert finished.returncode == 0, finished.stderr
+
+
+def test_a_film_goes_on_after_another_environment_is_closed():
+    """MuJoCo's contexts are one a process: each has to be made current before it draws."""
+    one, other = (envs.make({"env_id": name}, render=True) for name in ("Hopper-v5", REACHER))
+    for env in (one, other):
+        env.reset(seed=0)
+    try:
+        before = [envs.picture(env) for env in (one, other)][0]
+    except Exception as error:  # EGL's are of many kinds
+        pytest.skip(f"nothing can be rendered here: {error}")
+    other.close()
+    for _ in range(10):
+        one.step(one.action_space.sample())
+    after = envs.picture(one)
+    one.close()
+    assert before.std() > 10 and after.std() > 10
+    assert np.abs(before.astype(int) - after).mean() > 0.5
+
+
+def test_the_pretrained_model_acts_as_it_did():
+    model, config = load_run(ROOT / "results" / "pretrained")
+    metas = [meta if meta["name"] == REACHER else None for meta in config["tasks"]]
+    summary = evaluate(model, metas, 3, seed=1)
+    stored = json.loads((ROOT / "results/pretrained/eval.json").read_text())["tasks"][REACHER]
+    assert summary["tasks"][REACHER]["returns"] == pytest.approx(stored["returns"][:3], rel=0.05)

@@ -1,6 +1,5 @@
 """What a file says is what is stored: readers of other formats, each fault of theirs named."""
 
-import json
 import re
 
 import numpy as np
@@ -11,7 +10,9 @@ from behaviors import formats
 from behaviors.steps import Reading, at_limit
 from tests.test_prepare import assert_same, command, pendulum, refusal
 
-h5py = pytest.importorskip("h5py")
+
+def hdf5(path, mode="r"):
+    return pytest.importorskip("h5py").File(path, mode)
 
 
 def read(source, **reading):
@@ -27,7 +28,7 @@ def read(source, **reading):
 
 def change(path, name, array=None):
     """Replace an array of an .hdf5 file, or delete it."""
-    with h5py.File(path, "a") as file:
+    with hdf5(path, "a") as file:
         if name in file:
             del file[name]
         if array is not None:
@@ -40,7 +41,7 @@ def change(path, name, array=None):
 def d4rl(tmp_path):
     """7 steps in D4RL's layout: step 2 is terminal, step 4 hits a time limit, the end is open."""
     path = tmp_path / "a.hdf5"
-    with h5py.File(path, "w") as file:
+    with hdf5(path, "w") as file:
         file["observations"] = np.arange(14.0).reshape(7, 2)
         file["actions"] = np.zeros((7, 1))
         file["rewards"] = np.arange(7.0)
@@ -106,7 +107,7 @@ def test_rows_that_are_in_no_order_are_refused_by_row_and_count(tmp_path, rows):
     columns = {"observations": obs, "next_observations": next_of(obs, [89]),
                "actions": np.zeros((90, 1)), "rewards": np.zeros(90), "terminals": np.zeros(90),
                "timeouts": np.zeros(90)}
-    with h5py.File(tmp_path / "a.hdf5", "w") as file:
+    with hdf5(tmp_path / "a.hdf5", "w") as file:
         for name, column in columns.items():
             file[name] = column[rows]
     message = r"a.hdf5, step 0: the next observation is not the next row's, nor in \d+ more of"
@@ -132,6 +133,10 @@ def test_without_time_limits_the_flag_s_is_taken(d4rl):
     episodes, _ = read(d4rl, limit=2)
     found = [(made.reward.tolist(), bool(made.terminated)) for made in episodes]
     assert found == [([0], False), ([2], True), ([3], False), ([5], False)]
+    change(d4rl, "timeouts", np.zeros(7))
+    with pytest.raises(data.DataError, match="step 3: 4 steps without an end, .* has 3: give"):
+        read(d4rl, longest=3)
+    assert len(read(d4rl, longest=2, limit=2)[0]) == 4
     ends = np.array([0, 0, 1, 0, 0, 0, 0], bool)
     assert np.flatnonzero(at_limit(ends, 2)).tolist() == [1, 4, 6]
 
@@ -191,7 +196,7 @@ def test_bad_episodes_are_left_out_if_asked_with_a_count(tmp_path, capsys):
 
 def test_a_chunk_that_cannot_be_read_is_named(tmp_path, d4rl):
     path = tmp_path / "b.hdf5"
-    with h5py.File(d4rl) as old, h5py.File(path, "w") as file:
+    with hdf5(d4rl) as old, hdf5(path, "w") as file:
         for name in old:
             file.create_dataset(name, data=old[name][:], compression="gzip", chunks=True)
         chunk = file["actions"].id.get_chunk_info(0)
@@ -207,6 +212,7 @@ def test_a_chunk_that_cannot_be_read_is_named(tmp_path, d4rl):
     ("a.hdf5", "no file of HDF5", "a.hdf5: .*file signature not found"),
 ])
 def test_what_is_no_source_is_named(tmp_path, name, text, message):
+    pytest.importorskip("h5py")
     pendulum(tmp_path / "npz")
     (tmp_path / name).write_text(text)
     source = tmp_path / name.split("/")[0]
@@ -242,7 +248,7 @@ def without_last(episode):
 
 def write_robomimic(path, episodes, next_obs=True):
     """Demonstrations 2 and 10, with the parts `a` and `b` of observations."""
-    with h5py.File(path, "w") as file:
+    with hdf5(path, "w") as file:
         for number, made in zip((2, 10), episodes):
             demo = file.create_group(f"data/demo_{number}")
             for name, part in (("b", slice(1, 3)), ("a", slice(0, 1))):

@@ -511,7 +511,24 @@ def test_a_kernel_asked_for_on_a_cpu_is_refused():
         attention(*attention_inputs(4, 6, 16)[0], backend="triton")
 
 
-def test_a_gpu_without_a_kernel_falls_back_with_one_warning():
+@needs_triton
+@pytest.mark.parametrize("capability", [(6, 1), (7, 0), (7, 5), (12, 0)])
+def test_a_gpu_that_the_table_lacks_warns_once_for_all_kernels(monkeypatch, capability):
+    gpu = torch.device("cuda", 7)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    triton_support.warn_once.cache_clear()
+    triton_support.find_target.cache_clear()
+    limit = triton_support.device_limit(gpu)
+    with pytest.warns(UserWarning, match="^kernels: using plain .* not for a card") as caught:
+        for name in ("attention", "bellman_cross_entropy", "task_linear"):
+            assert not triton_support.use_kernel(name, None, gpu, limit)
+    assert len(caught) == 1
+    triton_support.find_target.cache_clear()
+
+
+def test_a_gpu_without_a_kernel_falls_back_with_one_warning(monkeypatch):
+    monkeypatch.setattr(triton_support, "device_limit", lambda device: None)
     triton_support.warn_once.cache_clear()
     use_kernel, gpu = triton_support.use_kernel, torch.device("cuda")
     message = "plain PyTorch, since the Triton kernel takes no cats"

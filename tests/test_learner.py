@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import learner as learner_module
-from data import FINAL_OBS, FLAG, Batch
+from data import FINAL_OBS, FLAG, TRUNCATED, Batch
 from learner import (ALGORITHMS, Learner, cloning_loss, data_weights, improvement_loss,
                      improvement_weights, n_step_return, observed_share, schedule, settings_for)
 from model import Policy, config_for
@@ -88,6 +88,9 @@ def window(reward, terminated, valid):
 def test_termination_cuts_the_bootstrap_and_truncation_does_not(valid, terminated, reward,
                                                                 bootstrap):
     made = window(valid, terminated, [bool(v) for v in valid])
+    if not all(valid) and not any(terminated):  # as on the disk: the last step says why it was
+        made.rows[0, sum(valid) - 1, FLAG] = TRUNCATED
+        assert made.truncated.any()
     got = n_step_return(made, torch.tensor([0.5]))
     assert [x.item() for x in got] == pytest.approx([reward, bootstrap])
 
@@ -127,8 +130,9 @@ def test_ess_is_the_effective_number_of_the_weighed_actions(monkeypatch):
     assert metrics["policy/ess"].item() == pytest.approx((1.6 + 2) / 2)  # 1 / (1/16 + 9/16) = 1.6
 
 
-def test_worth_weighs_the_policys_terms_alone():
-    learner = make([meta()], warmup=0.0)
+@pytest.mark.parametrize("algo", ["pac", "pacv"])
+def test_worth_weighs_the_policys_terms_alone(algo):
+    learner = make([meta()], algo, warmup=0.0)
     made = batch([0.1, -0.4], [0.3, -0.3], [0.0, 1.0])
 
     def loss(*worth):
@@ -168,6 +172,12 @@ def test_data_weights_by_hand():
     # From their tasks' means, in mean deviations: -1, 1, and 0.
     assert w.tolist() == pytest.approx([0.5, 1.5, 1.0], abs=1e-4)
     assert data_weights(merit, task, 2, focus=0.0).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_an_outlier_counts_as_two_mean_deviations():
+    merit, task = torch.tensor([0.0] * 9 + [100.0]), torch.zeros(10, dtype=torch.long)
+    w = data_weights(merit, task, 1, focus=math.log(3))  # it is at 5 of them, the others at -5/9
+    assert (w[9] / w[0]).item() == pytest.approx(3 ** (2 + 5 / 9), rel=1e-4)
 
 
 def test_the_chosen_rows_and_their_weights_stand_for_the_data_by_worth():
@@ -383,6 +393,37 @@ def test_observations_in_other_units_are_the_same_to_the_model():
     torch.testing.assert_close(*latents, atol=1e-4, rtol=1e-4)
     assert latents[0].isfinite().all()
     assert (latents[0][0] - latents[0][3]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("longest, cut", [(1e-3, True), (1e9, False), (0.0, False)])
+def test_a_long_gradient_is_cut(longest, cut):
+    learner = make([meta()], max_grad_norm=longest)
+    norm = learner.update(batch([0.1, 0.2], [0.3, -0.3], [0.0, 1.0]), seeded())["grad_norm"].item()
+    left = torch.stack([p.grad.norm() for p in learner.weights if p.grad is not None]).norm()
+    assert norm > 0.1  # what it was before
+    assert left.item() == pytest.approx(longest if cut else norm, rel=1e-3)
+
+
+def test_the_learning_rate_follows_the_schedule():
+    learner, rates = make([meta()], updates=4, learning_rate=0.01), []
+    for _ in range(4):
+        learner.update(batch([0.1, 0.2], [0.3, -0.3], [0.0, 1.0]), seeded())
+        rates.append(float(learner.optimizer.param_groups[0]["lr"]))
+    assert rates == pytest.approx([0.01 * schedule(update, 4) for update in range(4)])
+    assert rates[3] < 4 * rates[0]  # the cosine has set in
+
+
+def test_a_young_target_forgets_the_random_start():
+    """After one update it is the model, after two their mean: its rate is 1 / updates at first."""
+    learner = make([meta()], target_rate=0.01)
+    made = batch([0.1, 0.2], [0.3, -0.3], [0.0, 1.0])
+    learner.update(made, seeded())
+    first = [p.clone() for p in learner.weights]
+    for target, online in zip(learner.target_weights, first, strict=True):
+        torch.testing.assert_close(target, online)
+    learner.update(made, seeded())
+    for target, one, two in zip(learner.target_weights, first, learner.weights, strict=True):
+        torch.testing.assert_close(target, (one + two) / 2)
 
 
 def test_the_target_lags_and_gets_no_gradient():
