@@ -313,7 +313,7 @@ def draw_q_line(ax, scene, latents, policy, dim):
     ax.set_zorder(1)  # the line before the bars
     ax.patch.set_visible(False)
     line, = ax.plot(centres, q, color="black")
-    here = ax.axvline(scene.action[scene.step, dim], color="black", linestyle="--")
+    here = ax.axvline(scene.action[scene.step, dim].item(), color="black", linestyle="--")
     ax.margins(y=0.4)
     ax.set(xlabel=f"action {dim}", ylabel="Q, as a return")
     ax.legend([line, here, bars], ["Q", "data's action", "policy's bins"], fontsize=8,
@@ -328,10 +328,10 @@ def draw_q_map(figure, ax, scene, latents, policy):
     ticks = ticks.numpy()
     colours = ax.pcolormesh(ticks, ticks, q.T, cmap="Greys_r", shading="nearest")
     figure.colorbar(colours, ax=ax, label="Q, as a return")
-    drawn = scene.draws(policy, 150)[0]
+    drawn = scene.draws(policy, 150)[0].numpy()
     ax.plot(drawn[:, 0], drawn[:, 1], "o", markersize=4, color="white", markeredgecolor="black",
             markeredgewidth=0.5, label="policy's draws")
-    here = scene.action[scene.step]
+    here = scene.action[scene.step].numpy()
     ax.plot(here[0], here[1], "*", markersize=16, color="black", markeredgecolor="white",
             label="data's action")
     ax.set(xlabel="action 0", ylabel="action 1")
@@ -438,7 +438,7 @@ def histograms_figure(scene, has_q):
         ax.set_yticks([])
         if has_q:
             axes[index, 1].hist(spreads[index], bins=np.geomspace(1e-4, 0.3, 40), color=colour)
-            axes[index, 1].axvline(scene.model.q_spread[index], color="black")
+            axes[index, 1].axvline(scene.model.q_spread[index].item(), color="black")
             axes[index, 1].set(xscale="log", yticks=[])
     axes[-1, 0].set_xlabel("episode's return (dotted: random, dashed: expert)", fontsize=8)
     if has_q:

@@ -1,18 +1,18 @@
 # %% [markdown]
 # # A tour of offline reinforcement learning
 #
-# From recorded episodes to a policy that is better than those who recorded them, on two tasks and
-# one CPU core, in some minutes. Each step is a session of the [course](README.md). Everything is
-# made in a temporary folder.
+# From recorded episodes to a policy that is better than the episodes, on two tasks and one CPU
+# core, in some minutes. Each step is a session of the [course](README.md). Everything is made in
+# `runs/tour`.
 #
 # This notebook is made from `tour.py` by `python -m course.notebook`: change it there.
 
 # %%
 import io
 import os
+import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 if not Path("train.py").exists():  # Jupyter starts in course/
@@ -25,14 +25,14 @@ from IPython.display import Image
 
 import data
 import plots
-import prepare
 from eval import iqm
 from kernels.categorical_projection import project
 from learner import data_weights, improvement_weights
 
 torch.set_num_threads(1)
 torch.set_grad_enabled(False)
-FOLDER = Path(tempfile.mkdtemp())
+FOLDER = Path("runs/tour")
+shutil.rmtree(FOLDER, ignore_errors=True)  # of the last time
 
 
 def show(figure):
@@ -56,7 +56,8 @@ def run(program, *flags):
 # of each task, and never act until the end.
 
 # %%
-prepare.build(FOLDER, ["switching"], ["HalfCheetah-v5", "Reacher-v5"], transitions=20_000)
+run("prepare.py", "build", "--out", FOLDER, "--part", "switching",
+    "--tasks", "HalfCheetah-v5", "Reacher-v5", "--transitions", 20_000)
 run("prepare.py", "info", FOLDER / "switching")
 
 # %% [markdown]
@@ -173,5 +174,8 @@ run("eval.py", *runs, "--episodes", 5, "--plot", figure)
 Image(figure, width=700)
 
 # %% [markdown]
+# The bars say how much of this may be chance, with five episodes of one run each. What do they
+# tell apart, and what not? What would you run to know more?
+#
 # Sessions 9 and 10, a Triton kernel and scaling, are in the [course](README.md). So are the
 # exercises: `python -m course.blank --list`.

@@ -151,3 +151,15 @@ def test_bad_input_is_one_line_before_anything_is_written(flags, said, run, tmp_
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
     assert not (tmp_path / "figures").exists()
+
+
+def test_what_cannot_be_filmed_costs_the_frames_alone(run, tmp_path, monkeypatch, capsys):
+    def no_screen(meta, render=False):
+        raise OSError("no display")
+
+    monkeypatch.setattr(envs, "make", no_screen)
+    with pytest.raises(SystemExit) as end:
+        command(run, "--task", HOPPER, "--out", tmp_path)
+    assert end.value.code == 2
+    assert f"{HOPPER} cannot be filmed here (OSError: no display)" in capsys.readouterr().err
+    assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(ALL[:-1])
