@@ -5,18 +5,23 @@
         metrics.jsonl            a line every --log-every updates
         checkpoints/000010000/   tensors as safetensors, a file from each rank, and checkpoint.json
         eval.json, curve.png     at the end
+        aside-1/                 after --at: what was newer, a run's folder too
 
 A checkpoint counts when it is renamed to its update's number, which is done last. checkpoint.json
-holds the checksums of its files. torch's distributed checkpoints are stored as safetensors: no
+holds the checksums of its files. What is being written, or deleted, is in checkpoints/.partial. torch's distributed checkpoints are stored as safetensors: no
 pickle is ever read.
 """
 
 import json
+import math
 import os
 import shutil
+import sys
 import time
 import warnings
 import zlib
+from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -43,17 +48,38 @@ def read_config(run):
         config = json.loads(Path(run, "config.json").read_text())
     except FileNotFoundError:
         raise RunError(f"{run}: not a run's folder (config.json is missing)") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise RunError(f"{run}/config.json is damaged: {error}") from None
-    if config.get("format") != FORMAT:
-        raise RunError(f"{run}/config.json has format {config.get('format')}, but this code reads "
-                       f"format {FORMAT}: train it again, or use the version that made it")
+    found = config.get("format") if isinstance(config, dict) else None
+    if found != FORMAT:
+        raise RunError(f"{run}/config.json has format {found}, but this code reads format "
+                       f"{FORMAT}: train it again, or use the version that made it")
+    for key in ("algo", "train", "settings", "model", "tasks"):
+        if key not in config:
+            raise RunError(f"{run}/config.json is damaged: it has no {key!r}")
     return config
 
 
+def from_config(kind, values, run):
+    """The dataclass `kind` of what config.json holds; RunError names a key of another version."""
+    known = {field.name for field in fields(kind)}
+    for key in sorted(known ^ set(values)):
+        what = "lacks" if key in known else "has"
+        raise RunError(f"{run}/config.json {what} {key!r}: another version of this code made it; "
+                       "use that, or train it again")
+    return kind(**values)
+
+
+def check_device(device):
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RunError("--device cuda: torch finds no GPU here; there is --device cpu")
+
+
 def checkpoints(run):
-    """A run's checkpoints, oldest first: folders named after their update."""
-    return sorted(path for path in Path(run, "checkpoints").glob("*") if path.name.isdecimal())
+    """A run's checkpoints, oldest first: folders named after their update, in nine digits."""
+    found = [path for path in Path(run, "checkpoints").glob("*")
+             if path.name.isdecimal() and len(path.name) >= 9 and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name))
 
 
 def find_checkpoint(run, update=None):
@@ -122,13 +148,24 @@ def load_tensors(path, into):
 
 
 def load_run(run, device="cpu"):
-    """A run's folder -> (the averaged model theta', config). Neither data nor pickles are read."""
+    """A run's folder -> (the averaged model theta', config and its checkpoint's name).
+
+    Neither data nor pickles are read.
+    """
+    check_device(device)
     config = read_config(run)
-    model = Perceiver(ModelConfig(**config["model"])).to(device)
-    path = find_checkpoint(run)
-    verify(path)
-    load_tensors(path, {f"target.{name}": tensor for name, tensor in model.state_dict().items()})
-    return model.eval(), config
+    model = Perceiver(from_config(ModelConfig, config["model"], run)).to(device)
+    tensors = {f"target.{name}": tensor for name, tensor in model.state_dict().items()}
+    while True:
+        path = find_checkpoint(run)
+        try:
+            verify(path)
+            load_tensors(path, tensors)
+        except RunError:
+            if path.exists():
+                raise
+            continue  # the run goes on, and has replaced it by a newer one
+        return model.eval(), {**config, "checkpoint": path.name}
 
 
 def learner_tensors(learner):
@@ -159,11 +196,10 @@ def save(run, learner, keep):
     Every rank takes part.
     """
     path = Path(run, "checkpoints", f"{learner.updates:09d}")
-    partial = path.with_suffix(".partial")
+    partial = path.parent / ".partial" / path.name
     try:
         if parallel.RANK == 0:
-            for leftover in path.parent.glob("*.*"):
-                shutil.rmtree(leftover)
+            shutil.rmtree(partial.parent, ignore_errors=True)  # what a killed one left
             partial.mkdir(parents=True, exist_ok=True)
         tensors = learner_tensors(learner)
         tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
@@ -184,12 +220,39 @@ def finish(run, path, partial, updates, keep):
     checksums = {file.name: crc32(file) for file in sorted(partial.glob("*.safetensors"))}
     content = {"format": FORMAT, "updates": updates, "crc32": checksums}
     write_file(partial / "checkpoint.json", json.dumps(content, indent=2) + "\n")
-    if path.exists():  # after --at, the same updates are made again
-        path.rename(path.with_suffix(".old"))
+    if path.exists():
+        drop(path, partial.parent)
     partial.rename(path)
-    older = [other for other in checkpoints(run) if other.name < path.name]
+    older = [other for other in checkpoints(run) if int(other.name) < updates]
     for old in older[:max(0, len(older) + 1 - keep)]:
-        shutil.rmtree(old.rename(old.with_suffix(".old")))
+        drop(old, partial.parent)
+    with suppress(OSError):  # not empty: the next save tries again
+        partial.parent.rmdir()
+
+
+def drop(path, partial):
+    """Delete a checkpoint; a file in use, or one that is protected, is no reason to stop."""
+    try:
+        shutil.rmtree(path.rename(partial / f"dropped-{path.name}"))
+    except OSError as error:
+        print(f"warning: the old checkpoint {path} cannot be deleted ({error})", file=sys.stderr)
+
+
+def set_aside(run, at):
+    """Move the checkpoints after update `at`, which the run goes back to, to a run's folder of
+    their own, with the log so far."""
+    newer = [path for path in checkpoints(run) if int(path.name) > at]
+    if not newer:
+        return
+    number = 1 + len(list(run.glob("aside-*")))
+    aside = run / f"aside-{number}"
+    (aside / "checkpoints").mkdir(parents=True)
+    for name in ("config.json", "metrics.jsonl", "eval.json", "curve.png"):
+        if (run / name).exists():
+            shutil.copy(run / name, aside)
+    for path in newer:
+        path.rename(aside / "checkpoints" / path.name)
+    print(f"the checkpoints after update {at} and the log so far are now in {aside}")
 
 
 # ---------------------------------------------------------------- the log
@@ -199,22 +262,21 @@ class Log:
 
     def __init__(self, run, updates, loggers):
         """updates: those of the checkpoint that the run goes on from; later lines are dropped."""
-        path = run / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        lines = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
-        kept = [line for line in lines if json.loads(line)["update"] <= updates]
-        seconds = json.loads(kept[-1])["seconds"] if kept else 0
-        self.began = time.time() - seconds
-        self.loggers = []
+        path, seconds, self.loggers = run / "metrics.jsonl", 0, []
         if parallel.RANK > 0:
             path = Path(os.devnull)
         else:
+            kept = kept_lines(path, updates) if path.exists() else []
+            seconds = json.loads(kept[-1]).get("seconds", 0) if kept else 0
             write_file(path, "".join(kept))
             self.loggers = [LOGGERS[name](run) for name in loggers or ()]
+        self.began = time.time() - seconds
         self.file = open(path, "a")
 
     def write(self, update, metrics):
-        line = {"update": update, "seconds": round(time.time() - self.began, 2), **metrics}
+        line = {"update": update, "seconds": round(time.time() - self.began, 2)}
+        for name, value in metrics.items():
+            line[name] = value if math.isfinite(value) else None  # JSON has no NaN
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         for logger in self.loggers:
@@ -223,6 +285,21 @@ class Log:
     def sync(self):
         if parallel.RANK == 0:
             os.fsync(self.file.fileno())
+
+
+def kept_lines(path, updates):
+    """A log's lines up to an update; one that is damaged is named, if it would have counted."""
+    kept = []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), 1):
+        if not line.endswith("\n"):  # a kill has cut it
+            break
+        try:
+            if json.loads(line)["update"] > updates:  # it is made again, and what follows
+                break
+            kept.append(line)
+        except (ValueError, TypeError, KeyError):
+            print(f"warning: {path}, line {number} is damaged and left out", file=sys.stderr)
+    return kept
 
 
 def tensorboard(run):

@@ -113,13 +113,14 @@ def notice(text):
 # ---------------------------------------------------------------- writing
 
 @contextmanager
-def only_writer(folder):
-    """Hold a folder's lock, or refuse. The system frees it when its process ends in any way."""
+def only_writer(folder, wait=False):
+    """Hold a folder's lock, or refuse, or wait for it. The system frees it when its process ends
+    in any way."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a") as file:
         try:
             if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DataError(f"{folder}: another process is writing here; try again later") from None
         yield

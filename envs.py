@@ -218,18 +218,41 @@ def make(meta, render=False):
     if "max_episode_steps" in meta:
         options["max_episode_steps"] = meta["max_episode_steps"]
     if render:
-        options.update(render_mode="rgb_array", width=RENDER_SIZE, height=RENDER_SIZE)
+        options["render_mode"] = "rgb_array"
     env = gymnasium.make(meta["env_id"], disable_env_checker=True, **options)
     for name, kwargs in meta.get("wrappers", ()):
         env = getattr(gymnasium.wrappers, name)(env, **kwargs)
     if not isinstance(env.observation_space, Box) or len(env.observation_space.shape) != 1:
         env = Flat(env)
     if render:
-        # Default quality renders 8 frames a second without a GPU; without these, over 145 (64 x 64,
-        # 2026-11-22).
-        env.unwrapped.model.vis.quality.offsamples = 0
-        env.unwrapped.model.vis.quality.shadowsize = 0
+        film(env)
     return env
+
+
+def film(env):
+    """Have MuJoCo render small pictures, fast, by the camera that follows the robot if its model
+    has one; other environments render as they will."""
+    renderer = getattr(env.unwrapped, "mujoco_renderer", None)
+    if renderer is None:
+        return
+    import mujoco
+    renderer.width = renderer.height = RENDER_SIZE
+    # Default quality renders 8 frames a second without a GPU; without these, over 145 (64 x 64,
+    # 2026-11-22).
+    renderer.model.vis.quality.offsamples = 0
+    renderer.model.vis.quality.shadowsize = 0
+    if renderer.camera_id == -1:  # a free one, which stays where it is
+        camera = mujoco.mjtObj.mjOBJ_CAMERA
+        renderer.camera_id = mujoco.mj_name2id(renderer.model, camera, "track")
+
+
+def picture(env):
+    """What an environment that was made with `render` looks like: (H, W, 3) uint8."""
+    renderer = getattr(env.unwrapped, "mujoco_renderer", None)
+    if renderer is not None and renderer.viewer is not None:
+        # Else the newest environment's is drawn in, and nothing once any of them was closed.
+        renderer.viewer.make_context_current()
+    return env.render()
 
 
 @contextmanager
@@ -253,7 +276,12 @@ def time_limit(seconds):
 
 
 def write_video(path, frames):
-    """Write frames, a list of (H, W, 3) uint8, to a .gif or .mp4."""
+    """Write frames, a list of (H, W, 3) uint8, to a .gif or .mp4; smaller ones in a black border"""
+    if not frames:
+        raise DataError(f"{path}: nothing was filmed")
+    height, width, _ = np.max([frame.shape for frame in frames], axis=0)
+    frames = [np.pad(frame, ((0, height - len(frame)), (0, width - frame.shape[1]), (0, 0)))
+              for frame in frames]
     try:
         import imageio.v3 as imageio
         if Path(path).suffix == ".gif":

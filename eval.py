@@ -6,17 +6,39 @@
     python eval.py runs/pac-small-0 --video hopper.gif --tasks Hopper-v5
     python eval.py runs/pac-small-0 --record datasets/own     append the episodes to a data set
 
-A score is a return, scaled so that the uniform random policy has 0 and the data's expert 1. An
-environment that raises or hangs costs its own episode only. Exit codes: 0; 2, the message says what
-is wrong; 3, some episodes failed and are left out of the scores.
+A score is a return, scaled so that the uniform random policy has 0 and the data's expert 1; a task
+without this reference has returns alone. An episode succeeds if its `info` says so at any step. An
+environment that raises, hangs or answers with anything but numbers costs its own episode only. Exit
+codes: 0; 2, the message says what is wrong; 3, some episodes failed and are left out of the scores.
 """
 
 import argparse
+import math
+import signal
 import sys
 
-ACTS = ("improved", "mean", "mode", "sample", "best")  # see `act`
+# The ways to act, see `act`, and how many actions each draws at a state.
+ACTS = {"improved": 64, "mean": 0, "mode": 0, "sample": 1, "best": 16}
 EPISODES = 20
 EPISODES_FAILED = 3  # exit code
+VIDEOS = (".gif", ".mp4")
+
+
+def number(kind, words, allowed):
+    """The type of an argument that takes some numbers alone; words: which."""
+
+    def read(text):
+        if not allowed(kind(text)):
+            raise argparse.ArgumentTypeError(f"{text}: it has to be {words}")
+        return kind(text)
+
+    read.__name__ = kind.__name__  # argparse names it where a text is no number at all
+    return read
+
+
+COUNT = number(int, "1 or more", lambda x: x >= 1)
+SEED = number(int, "0 or more", lambda x: x >= 0)
+POSITIVE = number(float, "above 0", lambda x: 0 < x < math.inf)
 
 
 def parse_args(argv=None):
@@ -24,22 +46,30 @@ def parse_args(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folders that train.py made")
-    add("--episodes", type=int, default=EPISODES, help="a task (default: %(default)s)")
+    add("--episodes", type=COUNT, default=EPISODES, help="a task (default: %(default)s)")
     add("--tasks", nargs="+", metavar="TASK", help="only these (default: all of the run's)")
     add("--act", choices=ACTS, help="how to act (default: the run's way)")
-    add("--eta", type=float, help="of `improved`, in units of Q's spread (default: the run's)")
-    add("--seed", type=int, default=1, help="of environments and actions (default: %(default)s)")
-    add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    add("--eta", type=POSITIVE, help="of `improved`, in units of Q's spread (default: the run's)")
+    add("--seed", type=SEED, default=1, help="of environments and actions (default: %(default)s)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     add("--record", metavar="DIR", help="append the episodes to this data set")
     add("--video", metavar="FILE", help="film one episode of each task, to a .gif or .mp4")
     add("--plot", metavar="FILE", help="the comparison's figure (several runs: compare.png)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.video and (len(args.runs) > 1 or not args.video.endswith(VIDEOS)):
+        parser.error(f"--video {args.video}: a .gif or .mp4 of one run")
+    return args
 
 
 if __name__ == "__main__":
     ARGS = parse_args()  # before the imports below, which take seconds: errors are answered at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
 
 import json
+import random
+from collections import deque
+from contextlib import suppress
+from errno import EACCES, EPERM, EROFS
 from pathlib import Path
 
 import numpy as np
@@ -47,19 +77,25 @@ import torch
 
 import data
 import envs
+import parallel
 import plots
-from checkpoint import RunError, find_checkpoint, load_run
+import prepare
+from checkpoint import RunError, load_run
 from learner import improvement_weights
+from model import in_bf16
 
-SAMPLES, BEST_OF = 64, 16  # actions drawn at a state, for `improved` and for `best`
 ENV_SECONDS = 60  # an environment that needs longer for one answer hangs; MuJoCo's need under 0.001
+ALIVE = 100  # environments at once: one of Meta-World's takes 27 MB
+LARGEST = float(np.finfo(np.float32).max)  # of a return
 
 
 # ---------------------------------------------------------------- acting
 
 @torch.no_grad()
-def act(model, obs, task, how, eta=2.0, generator=None):
+def act(model, obs, task, how, eta=2.0, noise=None):
     """obs (B, O), task (B,) -> actions (B, A) in [-1, 1]
+
+    noise: what they are drawn by, numbers uniform on [0, 1) of the shape (B, *draws(model, how))
 
     improved   the mean of pi_imp: the mean of 64 draws from the sharpened policy, weighted by
                exp(Q / eta), eta in units of Q's spread [ours]
@@ -67,29 +103,40 @@ def act(model, obs, task, how, eta=2.0, generator=None):
     sample     a draw
     best       of 16 draws from the sharpened policy, that of the highest Q
     """
-    latents = model.encode(obs, task)
-    policy = model.policy(latents, task)
+    with in_bf16(model.config, obs.device):
+        latents = model.encode(obs, task)
+        policy = model.policy(latents, task)
     if how == "mean":
         return policy.mean()
     if how == "mode":
         return policy.mode()
-    count = {"sample": 1, "best": BEST_OF, "improved": SAMPLES}[how]
-    shape = len(obs), count, 1 + policy.mask.shape[1]
-    noise = torch.rand(shape, generator=generator, device=obs.device)
+    if noise is None:
+        noise = torch.rand(len(obs), *draws(model, how), device=obs.device)
     if how == "sample":
         return policy.sample(noise)[:, 0]
     actions = policy.sharpen().sample(noise)  # (B, N, A)
-    q = model.expectation(model.q(latents, actions, task))  # (B, N)
+    with in_bf16(model.config, obs.device):
+        logits = model.q(latents, actions, task)
+    q = model.expectation(logits)  # (B, N)
     if how == "best":
         return actions[torch.arange(len(q)), q.argmax(1)]
     w = improvement_weights(q, model.q_spread[task], eta)  # (B, N)
     return (w[..., None] * actions).sum(1)
 
 
+def draws(model, how):
+    """How many actions are drawn at a state, and the random numbers that each takes."""
+    return ACTS[how], 1 + model.action_mask.shape[1]
+
+
 # ---------------------------------------------------------------- roll-outs
 
 class Play:
-    """One episode being played; if its environment raises or hangs, `failed` says so."""
+    """One episode being played; if its environment raises, hangs or answers with what cannot be
+    learnt from, `failed` says so.
+
+    All that is random in it comes from its own seed: it is the same whatever is played beside it.
+    """
 
     def __init__(self, index, number, meta, keep, render):
         self.index, self.number, self.meta = index, number, meta
@@ -98,49 +145,72 @@ class Play:
         self.high = np.array(meta["action_high"], np.float32)
         self.obs, self.action, self.reward, self.frames = [], [], [], []
         self.terminated = self.live = False
-        self.env = self.failed = None
+        self.env = self.failed = self.success = self.limit = None
 
-    def ask(self, function, *args, **kwargs):
-        """What the environment answers; None if it fails."""
+    total = property(lambda self: sum(self.reward))
+
+    def ask(self, function, *args):
+        """Call what calls the environment; if that fails, this episode ends."""
+        seed = int(self.rng.integers(2**32))  # of an environment that draws from what is global
+        random.seed(seed)
+        np.random.seed(seed)
         try:
             with envs.time_limit(ENV_SECONDS):
-                return function(*args, **kwargs)
+                function(*args)
         except Exception as error:
             self.failed = (f"{self.meta['name']}, episode {self.number}, step {len(self.reward)}: "
                            f"{type(error).__name__}: {error}")
-            self.live = False
+            self.close()
 
     def start(self, seed):
-        self.env = self.ask(envs.make, self.meta, self.render)
-        answer = self.env and self.ask(self.env.reset, seed=seed)
-        if answer:
-            self.obs.append(answer[0])
-            self.live = True
+        self.rng = np.random.default_rng([seed, self.index])
+        self.ask(self.reset, seed)
+
+    def reset(self, seed):
+        self.env = envs.make(self.meta, self.render)
+        self.limit = self.env.spec.max_episode_steps if self.env.spec else None
+        self.observe(self.env.reset(seed=seed)[0])
+        self.live = True
 
     def step(self, unit_action):
         """unit_action (A,) in [-1, 1], padded"""
         unit_action = unit_action[:len(self.low)]
-        action = self.low + (unit_action + 1) / 2 * (self.high - self.low)
-        answer = self.ask(self.env.step, action)
-        if answer is None:
-            return
-        obs, reward, self.terminated, truncated, _ = answer
-        self.reward.append(reward)
-        if self.keep:
-            self.obs.append(obs)
-            self.action.append(action)
-        else:
-            self.obs = [obs]
+        self.ask(self.advance, self.low + (unit_action + 1) / 2 * (self.high - self.low))
+
+    def advance(self, action):
+        obs, reward, self.terminated, truncated, info = self.env.step(action)
+        self.reward.append(np.asarray(reward).item())
+        if not abs(self.total) <= LARGEST:
+            raise ValueError(f"the return is {self.total}")
+        self.action.append(action)
+        self.observe(obs)
+        for name in ("success", "is_success"):
+            if name in info:
+                self.success = bool(self.success or np.any(info[name]))
         if self.render and len(self.reward) % 2:
-            self.frames.append(self.env.render())
+            self.frames.append(envs.picture(self.env))
         if self.terminated or truncated:
-            self.live = False
-            self.env.close()
+            self.close()
+
+    def observe(self, obs):
+        """Take an observation (O,); ValueError if it is anything else."""
+        obs, shape = np.array(obs, np.float32), (self.meta["obs_dim"],)
+        if obs.shape != shape or not np.isfinite(obs).all():
+            raise ValueError(f"an observation of shape {obs.shape} with {np.isfinite(obs).sum()} "
+                             f"finite numbers, expected {shape}")
+        if not self.keep:
+            self.obs.clear()
+        self.obs.append(obs)
+
+    def close(self):
+        """Let the environment go: many would fill the memory."""
+        env, self.env, self.live = self.env, None, False
+        with suppress(Exception), envs.time_limit(ENV_SECONDS):
+            env.close()
 
     def steps_left(self):
         """How many steps a live episode can still take; 0 for an unknown number."""
-        limit = self.env.spec.max_episode_steps if self.env and self.env.spec else None
-        return max(0, (limit or 0) - len(self.reward))
+        return max(0, (self.limit or 0) - len(self.reward))
 
     def episode(self):
         """All of it if it was kept, otherwise the rewards alone."""
@@ -148,37 +218,52 @@ class Play:
         return data.Episode(obs, action, np.array(self.reward, np.float32), self.terminated)
 
 
-def rollout(model, metas, episodes, seed=0, how="improved", eta=2.0, keep=False, render=False):
-    """Play `episodes` of each task, all in lock-step: one forward pass a step serves every
-    environment.
+def rollout(model, metas, episodes, seed=0, how="improved", eta=2.0, keep=False, render=False,
+            first=None):
+    """Play `episodes` of each task, at most ALIVE at once in lock-step: one forward pass a step
+    serves every environment.
 
     metas: of the model's tasks, in order; None leaves one out. keep: all of the episodes, not the
-    rewards alone. render: film the first one of each task. -> a list of Play, those of a task
-    together
+    rewards alone. render: film the first one of each task. first: the number of each task's first
+    episode (default: 0) -> a list of Play, those of a task together
     """
     device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    plays = [Play(index, number, meta, keep, render and number == 0)
-             for index, meta in enumerate(metas) if meta for number in range(episodes)]
+    plays = []
+    for index, meta in enumerate(metas):
+        start = first[index] if first else 0
+        for number in range(episodes if meta else 0):
+            plays.append(Play(index, start + number, meta, keep, render and number == 0))
     # A plain loop is faster here than gymnasium's AsyncVectorEnv: most steps take under 0.1 ms.
-    for play in plays:
-        play.start(seed * 10_000 + play.number)
-    width = model.obs_mean.shape[1]
-    live = [play for play in plays if play.live]
-    total = sum(play.steps_left() for play in live)
-    with data.progress(total=total, desc="evaluate", unit="step", unit_scale=True, leave=False,
+    waiting, live = deque(plays), []
+    with data.progress(total=0, desc="evaluate", unit="step", unit_scale=True, leave=False,
                        delay=2) as bar:
-        while live:
-            obs = torch.zeros(len(live), width)
-            for row, play in enumerate(live):
-                obs[row, :len(play.obs[-1])] = torch.from_numpy(play.obs[-1])
-            task = torch.tensor([play.index for play in live])
-            actions = act(model, obs.to(device), task.to(device), how, eta, generator).cpu().numpy()
-            for play, action in zip(live, actions):
-                play.step(action)
+        while waiting or live:
+            while waiting and len(live) < ALIVE:
+                play = waiting.popleft()
+                play.start(seed * 10_000 + play.number)
+                bar.total += play.steps_left()
+                if play.live:
+                    live.append(play)
+            if live:
+                step(model, live, how, eta, device)
+            for play in live:
                 bar.update(1 if play.live else 1 + play.steps_left())
             live = [play for play in live if play.live]
     return plays
+
+
+def step(model, plays, how, eta, device):
+    """One step of each of `plays`."""
+    obs = np.zeros((len(plays), model.obs_mean.shape[1]), np.float32)
+    for row, play in zip(obs, plays):
+        row[:len(play.obs[-1])] = play.obs[-1]
+    shape = draws(model, how)
+    noise = np.array([play.rng.random(shape, np.float32) for play in plays])
+    task = torch.tensor([play.index for play in plays], device=device)
+    obs, noise = torch.from_numpy(obs).to(device), torch.from_numpy(noise).to(device)
+    actions = act(model, obs, task, how, eta, noise).cpu().numpy()
+    for play, action in zip(plays, actions):
+        play.step(action)
 
 
 # ---------------------------------------------------------------- statistics
@@ -200,33 +285,49 @@ def interval(samples, statistic, resamples=2000, seed=0):
 
 
 def normalise(returns, meta):
-    """Returns as scores: 0 the random policy's mean, 1 the expert's; unchanged without them."""
-    returns, reference = np.array(returns), meta.get("reference")
+    """Returns as scores: 0 the random policy's mean, 1 the expert's; None without these."""
+    reference = meta.get("reference")
     if not reference:
-        return returns
-    return (returns - reference["random"]) / (reference["expert"] - reference["random"])
+        return None
+    return (np.array(returns) - reference["random"]) / (reference["expert"] - reference["random"])
+
+
+def bounds(samples, statistic):
+    """The interval of a statistic; None where a sample is a single number and tells of no spread"""
+    return interval(samples, statistic) if min(map(len, samples)) > 1 else None
 
 
 def summarise(plays):
-    """What eval.json holds: each task's returns and score, the IQM over tasks, and what failed."""
+    """What eval.json holds: each task's returns and score, the IQM over tasks, and what failed.
+
+    A task without a reference has no score: its interval is that of the return, and the IQM is of
+    the other tasks. What cannot be told is None.
+    """
     tasks, all_scores = {}, []
     for meta, played in by_task(plays):
-        returns = [float(np.array(play.reward, np.float32).sum()) for play in played]
+        returns = [play.total for play in played]
         scores = normalise(returns, meta)
-        all_scores.append(scores)
-        tasks[meta["name"]] = {
+        sample = np.array(returns) if scores is None else scores
+        row = {
             "return": float(np.mean(returns)), "return_std": float(np.std(returns)),
-            "score": float(scores.mean()), "interval": interval([scores], lambda x: x[0].mean()),
+            "score": None if scores is None else float(scores.mean()),
+            "interval": bounds([sample], lambda x: x[0].mean()),
             "length": float(np.mean([len(play.reward) for play in played])), "returns": returns}
+        successes = [play.success for play in played if play.success is not None]
+        if successes:
+            row["success"] = float(np.mean(successes))
+        if scores is not None:
+            all_scores.append(scores)
+        tasks[meta["name"]] = row
 
     def iqm_of_tasks(samples):
         return iqm([x.mean() for x in samples])
 
-    value, bounds = np.nan, [np.nan, np.nan]
-    if all_scores:  # otherwise every episode failed
-        value, bounds = iqm_of_tasks(all_scores), interval(all_scores, iqm_of_tasks)
+    value, around = None, None
+    if all_scores:
+        value, around = iqm_of_tasks(all_scores), bounds(all_scores, iqm_of_tasks)
     failed = [play.failed for play in plays if play.failed]
-    return {"tasks": tasks, "failed": failed, "iqm": value, "interval": bounds}
+    return {"tasks": tasks, "failed": failed, "iqm": value, "interval": around}
 
 
 def by_task(plays):
@@ -238,17 +339,28 @@ def by_task(plays):
     return list(groups.values())
 
 
+def shown(number):
+    return "-" if number is None else f"{number:.3f}"
+
+
 def table(summary):
     """The readable form of a summary: one line a task, and the IQM."""
     lines = [f"{'task':<28}{'return':>18}{'length':>8}{'score':>8}   95% interval"]
     for name, row in summary["tasks"].items():
-        low, high = row["interval"]
-        lines.append(f"{name:<28}{row['return']:>9.1f} ± {row['return_std']:<6.1f}"
-                     f"{row['length']:>8.0f}{row['score']:>8.3f}   [{low:.3f}, {high:.3f}]")
-    low, high = summary["interval"]
-    lines.append(f"{'IQM over tasks':<54}{summary['iqm']:>8.3f}   [{low:.3f}, {high:.3f}]")
+        line = (f"{name:<28}{row['return']:>9.1f} ± {row['return_std']:<6.1f}"
+                f"{row['length']:>8.0f}{shown(row['score']):>8}   {between(row)}")
+        if row["score"] is None and row["interval"]:
+            line += " of the return"
+        if "success" in row:
+            line += f"   success {row['success']:.0%}"
+        lines.append(line)
+    lines.append(f"{'IQM over tasks':<54}{shown(summary['iqm']):>8}   {between(summary)}")
     lines += [f"failed, and left out: {line}" for line in summary["failed"]]
     return "\n".join(lines)
+
+
+def between(row):
+    return "[{:.3f}, {:.3f}]".format(*row["interval"]) if row["interval"] else "-"
 
 
 def evaluate(model, metas, episodes, seed=0, how="improved", eta=2.0):
@@ -259,37 +371,73 @@ def evaluate(model, metas, episodes, seed=0, how="improved", eta=2.0):
 # ---------------------------------------------------------------- the command
 
 def compare(summaries, path):
-    """The figure of several evaluations. summaries: by the runs' names"""
-    names = list(next(iter(summaries.values()))["tasks"])
+    """The figure of several evaluations: of the scores, or where there are none of the returns.
+
+    summaries: by the runs' folders
+    """
+    rows = [row for summary in summaries.values() for row in summary["tasks"].items()]
+    names, what = list(dict.fromkeys(name for name, _ in rows)), "score"
+    if all(row["score"] is None for _, row in rows):
+        what = "return"
     methods = {}
     for run, summary in summaries.items():
-        rows = [summary["tasks"].get(name) for name in names]
-        points = [row and (row["score"], *row["interval"]) for row in rows]
-        methods[run] = [*points, (summary["iqm"], *summary["interval"])]
-    plots.compare(methods, [*names, "IQM over tasks"], path, "scores with 95% intervals")
-    print(f"wrote {path}")
+        of_tasks = [summary["tasks"].get(name, {what: None}) for name in names]
+        points = [point(row, what) for row in of_tasks]
+        if what == "score":
+            points.append(point({"score": summary["iqm"], "interval": summary["interval"]}, what))
+        if any(points):
+            methods[run] = points
+    if what == "score":
+        same = len({tuple(summary["tasks"]) for summary in summaries.values()}) == 1
+        names.append("IQM over tasks" if same else "IQM over a run's own tasks")
+    if methods:
+        label = plots.SCORE if what == "score" else "return"
+        plots.compare(methods, names, path, f"{what}s with 95% intervals", label=label)
+        print(f"wrote {path}")
+
+
+def point(row, what):
+    """(centre, low, high) of a row; None where it has no such number"""
+    value = row[what]
+    return None if value is None else (value, *(row["interval"] or (value, value)))
 
 
 def evaluation_path(run, args, summary):
     """eval.json for a full evaluation; a look at less, or another way to act, has its own name."""
     looks = [args.act, args.eta and f"eta{args.eta:g}", args.video and "video", *(args.tasks or ())]
-    looks = [look for look in looks if look]
+    name = "-".join(["eval", *filter(None, looks)])
+    if len(name) > 100:  # files' names have limits
+        name = f"eval-{len(args.tasks)}-tasks"
+    return full_path(run, summary) if name == "eval" else Path(run, f"{name}.json")
+
+
+def full_path(run, summary):
+    """eval.json, unless an evaluation of the same checkpoint by more episodes is there."""
     path = Path(run, "eval.json")
-    if not looks and path.exists() and episodes_of(path) > summary["episodes"]:
-        looks = [f"{summary['episodes']}-episodes"]
-    return Path(run, "-".join(["eval", *looks]) + ".json")
-
-
-def episodes_of(path):
-    """How many episodes a task an evaluation has; 0 if the file is damaged."""
     try:
-        return json.loads(path.read_text())["episodes"]
-    except (ValueError, KeyError):
-        return 0
+        before = json.loads(path.read_text())
+        same = before.get("checkpoint", summary["checkpoint"]) == summary["checkpoint"]
+        if same and scored(before) > scored(summary):
+            return path.with_name(f"eval-{summary['episodes']}-episodes.json")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # there is none, or it is damaged
+    return path
+
+
+def scored(summary):
+    """How many episodes an evaluation's scores are of."""
+    return sum(len(row["returns"]) for row in summary["tasks"].values())
 
 
 def write_summary(path, summary):
-    data.write_file(path, json.dumps(summary, indent=2) + "\n")
+    """A run that may only be read has been scored all the same."""
+    try:
+        data.write_file(path, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        print(f"wrote {path}")
+    except OSError as error:
+        if error.errno not in (EACCES, EPERM, EROFS):
+            raise
+        print(f"not written, for it may not be: {path} ({error.strerror})")
 
 
 def evaluate_run(run, args):
@@ -302,18 +450,19 @@ def evaluate_run(run, args):
             raise RunError(f"{run}: no task {name!r}; it was trained on: {', '.join(names)}")
     metas = [meta if meta["name"] in (args.tasks or names) else None for meta in config["tasks"]]
     how, eta = args.act or settings["act"], args.eta or settings["eta"]
-    has_q = settings["beta"] > 0 and settings["critic"] != "v"
+    has_q = settings["beta"] > 0 and settings.get("critic") != "v"
     if how in ("improved", "best") and not has_q:
         raise RunError(f"{run}: --act {how} needs a Q decoder, and {config['algo']} trains none")
+    first = None
+    if args.record:
+        first = [recorded(args.record, meta) if meta else None for meta in metas]
     plays = rollout(model, metas, args.episodes, args.seed, how, eta, keep=bool(args.record),
-                    render=bool(args.video))
+                    render=bool(args.video), first=first)
     about = {"run": str(run), "act": how, "eta": eta, "seed": args.seed, "episodes": args.episodes,
-             "checkpoint": find_checkpoint(run).name}
+             "checkpoint": config["checkpoint"]}
     summary = {**about, **summarise(plays)}
     print(f"{run}: {how}, {args.episodes} episodes a task\n{table(summary)}")
-    path = evaluation_path(run, args, summary)
-    write_summary(path, summary)
-    print(f"wrote {path}")
+    write_summary(evaluation_path(run, args, summary), summary)
     if args.video:
         envs.write_video(args.video, [frame for play in plays for frame in play.frames])
         print(f"wrote {args.video}")
@@ -322,30 +471,43 @@ def evaluate_run(run, args):
     return summary
 
 
+def recorded(folder, meta):
+    """How many episodes of a task a data set has: the next ones are others."""
+    path = Path(folder, meta["name"])
+    prepare.refuse_other(path, meta)
+    return len(data.Task(path).episodes) if (path / "meta.json").exists() else 0
+
+
 def record(plays, folder):
     """Append the episodes to a data set, task by task."""
     for meta, played in by_task(plays):
         path, start = Path(folder, meta["name"]), None
         if not (path / "meta.json").exists():
-            start = envs.describe(meta["env_id"], meta["instruction"], meta["discount"],
-                                  meta["reference"])
+            start = prepare.anew(meta)
         data.append(path, [play.episode() for play in played], start)
         print(f"wrote {len(played)} episodes to {path}")
 
 
 def main(args):
-    summaries = {}
+    summaries, code = {}, 0
+    for run in dict.fromkeys(str(Path(run)) for run in args.runs):
+        try:
+            summaries[run] = evaluate_run(run, args)
+        except (RunError, data.DataError, OSError) as error:
+            print(f"eval.py: {error}", file=sys.stderr)
+            code = 2
     try:
-        for run in args.runs:
-            summaries[Path(run).name] = evaluate_run(run, args)
-        if len(summaries) > 1 or args.plot:
+        if len(args.runs) > 1 or args.plot:
             compare(summaries, args.plot or "compare.png")
-    except (RunError, data.DataError, OSError) as error:
+    except (ValueError, OSError) as error:  # an unknown suffix, or a folder that is not there
         print(f"eval.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    if any(summary["failed"] for summary in summaries.values()):
-        sys.exit(EPISODES_FAILED)
+        code = 2
+    if not code and any(summary["failed"] for summary in summaries.values()):
+        code = EPISODES_FAILED
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":
+    parallel.outlive_readers()
     main(ARGS)

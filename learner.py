@@ -7,9 +7,10 @@
     td        -sum_q Gamma(q) log p(q|s, a),      Gamma: the projected Bellman target
 
 The first two count a transition by its `worth`, as if the data were drawn by exp(focus * return)
-[ours]. theta' is the target model, a lagged average of theta; draws are from its policy squared
-[ours]. Values are scaled task by task to [0, 1], so that one set of atoms serves returns of any
-size: q = (return - low) / (high - low).
+[ours]. theta' is the target model, a lagged average of theta. Gamma also holds a share of the
+observed return, which falls from all to nothing as training goes on [ours]. Values are scaled task
+by task to [0, 1], so that one set of atoms serves returns of any size:
+q = (return - low) / (high - low).
 """
 
 import copy
@@ -20,8 +21,9 @@ import torch
 
 import parallel
 from kernels.categorical_projection import bellman_cross_entropy, point_mass
-from model import Perceiver
+from model import Perceiver, in_bf16
 
+POOL = 8  # candidates for each place in a batch, where focus chooses
 VALUE_MARGIN = 0.2  # atoms reach past the data's returns by this share of their range, either side
 RISE, FINAL_RATE = 200, 0.05  # of the learning rate: updates of its rise, the share left at the end
 
@@ -35,24 +37,25 @@ class LossSettings:
     act: str = "improved"  # how the policy acts when it is evaluated, see ACTS in eval.py
     eta: float = 2.0  # divides Q, or the advantage, in units of its spread; also where pi_imp acts
     focus: float = 5.0  # the policy learns as from data drawn by exp(focus * return); 0: all alike
-    pool: int = 8  # candidates for each place in a batch, where focus chooses
     samples: int = 8  # N, actions drawn from the target policy at a state
     n_step: int = 3  # rewards summed before the bootstrap
-    mc_share: float = 0.5  # share of the observed return in the critic's target, after the warm-up
     warmup: float = 0.5  # share of the updates that clone, and fit the critic to observed returns
     top: float = 1.0  # share of the episodes, the best, that are learnt from
     target_rate: float = 0.01  # theta' moves by this share towards theta at each update
     learning_rate: float = 3e-3  # the highest, see `schedule`
-    max_grad_norm: float = 1.0  # a longer gradient is cut to this length
+    max_grad_norm: float = 1.0  # a longer gradient is cut to this length; 0: none is
 
 
 CLONING = dict(alpha=1.0, beta=0.0, act="mean", n_step=1, focus=0.0)
 ALGORITHMS = {
     "bc": CLONING,
     "filtered_bc": dict(CLONING, top=0.1),
+    "rwr": dict(CLONING, focus=5.0),
     "bc_q": dict(alpha=1.0, focus=0.0, act="mean"),
-    "pac": dict(),
+    "one_step": dict(warmup=1.0),
+    "pac_paper": dict(focus=0.0, alpha=0.5),
     "pacv": dict(critic="v", alpha=0.2, eta=1.0, act="mean"),
+    "pac": dict(),
 }
 RENAMED = {"fc": "filtered_bc", "bcq": "bc_q"}  # bcq is Batch-Constrained Q-learning to this field
 
@@ -128,6 +131,24 @@ def data_weights(merit, task, num_tasks, focus):
     return w / mean_per_task(w, task, num_tasks)
 
 
+def value_range(metas):
+    """Of each task the return that is value 0, and how much more is value 1: both (tasks,)"""
+    low, high = torch.tensor([meta["return_to_go"] for meta in metas], dtype=torch.float32).T
+    margin = VALUE_MARGIN * (high - low).clamp(min=1e-6)
+    return low - margin, high - low + 2 * margin
+
+
+def observed_share(update, warmup_updates, total):
+    """The share of the observed return in the critic's target: 1, then 1/2, then 0 [ours].
+
+    The behaviour's own returns teach the critic first: from temporal differences alone falls travel
+    back slowly. In the end they must go, for they say what the behaviour gets, not the policy.
+    """
+    if update < warmup_updates:
+        return 1.0
+    return 0.5 if update < (warmup_updates + total) / 2 else 0.0
+
+
 def schedule(update, total):
     """The learning rate's factor: up over some updates, then down along a cosine."""
     fraction = min(update / max(total, 1), 1)
@@ -140,8 +161,9 @@ def schedule(update, total):
 class NonFinite(FloatingPointError):
     """The loss or its gradient is not finite; the weights are those of the last good update."""
 
-    def __init__(self, message, metrics):
-        super().__init__(message)
+    def __init__(self, message, update, metrics):
+        super().__init__(f"update {update}: {message}")
+        self.update = update
         self.metrics = {name: value.item() for name, value in metrics.items()}
 
 
@@ -155,35 +177,38 @@ class Learner:
     def __init__(self, config, settings, metas, total_updates, device="cpu", seed=0, accumulate=1):
         self.settings, self.total_updates = settings, total_updates
         self.device, self.accumulate, self.updates = torch.device(device), accumulate, 0
+        self.waits = self.device.type != "cuda"  # may the host read a result in every update?
+        self.skipped = torch.zeros((), device=self.device)  # updates since the first that failed
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = Perceiver(config).to(self.device)
         self.target_model = copy.deepcopy(self.model).requires_grad_(False)
         self.forward = self.loss  # several ranks put DDP or FSDP around it
         self.make_optimizer()
-        self.pool = settings.pool if settings.focus else 1
+        self.pool = POOL if settings.focus else 1
         self.warmup_updates = round(settings.warmup * total_updates)
         self.num_tasks = len(metas)
-        low, high = torch.tensor([meta["return_to_go"] for meta in metas], dtype=torch.float32).T
-        margin = VALUE_MARGIN * (high - low).clamp(min=1e-6)
-        self.low = (low - margin).to(self.device)
-        self.range = (high - low + 2 * margin).to(self.device)
+        low, range_ = value_range(metas)
+        self.low, self.range = low.to(self.device), range_.to(self.device)
         self.discount = torch.tensor([meta["discount"] for meta in metas]).to(self.device)
 
     def make_optimizer(self):
         # Lists that are kept: to collect the parameters takes 0.15 ms a time.
         self.weights = list(self.model.parameters())
         self.target_weights = list(self.target_model.parameters())
-        rate = self.settings.learning_rate
-        self.optimizer = torch.optim.AdamW(self.weights, lr=rate, weight_decay=1e-4, fused=True)
+        rate, on_gpu = self.settings.learning_rate, self.device.type == "cuda"
+        if on_gpu:  # a tensor, which a CUDA graph reads anew
+            rate = torch.tensor(rate, device=self.device)
+        self.optimizer = torch.optim.AdamW(self.weights, lr=rate, weight_decay=1e-4, fused=True,
+                                           capturable=on_gpu)
         for p in self.weights:  # AdamW makes these at its first step; a checkpoint is read before
             self.optimizer.state[p] = {"step": torch.zeros((), device=p.device),
                                        "exp_avg": torch.zeros_like(p),
                                        "exp_avg_sq": torch.zeros_like(p)}
 
     def compile(self):
-        """Compile the loss from now on: once for the warm-up and once for what follows."""
-        # linear_of_task reads how many rows a task has.
+        """Compile the loss from now on, once for each value of `observed_share`."""
+        # On a CPU, linear_by_turns reads how many rows a task has.
         torch._dynamo.config.capture_scalar_outputs = True
         self.loss = self.forward = torch.compile(self.loss, dynamic=False)
 
@@ -215,10 +240,16 @@ class Learner:
         """What actions of the target policy are drawn by, at a batch's states and n steps on:
         uniform (2B, N, 1 + A)."""
         shape = 2 * len(batch.task), self.settings.samples, 1 + batch.action.shape[-1]
+        return self.rand(shape, generator)
+
+    def rand(self, shape, generator):
+        """Uniform numbers; a graph reads them from places of its own, `Draws`."""
+        if isinstance(generator, Draws):
+            return generator.rand(shape, self.device)
         return torch.rand(shape, generator=generator, device=self.device)
 
-    def loss(self, batch, noise, warm):
-        """The whole loss of a batch -> (loss, metrics). noise: see above; warm: still warming up"""
+    def loss(self, batch, noise, share):
+        """The whole loss of a batch -> (loss, metrics). noise: see above; share: `observed_share`"""
         s, task = self.settings, batch.task
         obs, action = batch.obs[:, 0], batch.action[:, 0]  # (B, O), (B, A)
         worth = 1.0 if batch.worth is None else batch.worth  # (B,)
@@ -234,14 +265,13 @@ class Learner:
             reward, bootstrap = n_step_return(batch, self.discount[task])
             # In values on [0, 1], the n-step target is shift + bootstrap * the next value.
             shift = (reward - (1 - bootstrap) * self.low[task]) / self.range[task]
-            if warm:  # the critic learns what the data's actions returned: there is no next value
-                alpha, mc_share, next_probs = 1.0, 1.0, torch.zeros_like(logits)
+            if share == 1:  # the warm-up: the policy clones, the critic needs no next value
+                alpha, next_probs = 1.0, torch.zeros_like(logits)
             else:
-                mc_share = s.mc_share
                 improve, next_probs, found = self.improve(batch, noise, policy, clone, shift,
                                                           bootstrap)
                 metrics.update(found)
-            td = bellman_cross_entropy(logits, next_probs, shift, bootstrap, observed, mc_share)
+            td = bellman_cross_entropy(logits, next_probs, shift, bootstrap, observed, share)
             value = self.model.expectation(logits.detach())
             metrics.update({"critic/loss": td.mean(), "critic/value": value.mean(),
                             "critic/observed": observed.mean(),
@@ -274,7 +304,7 @@ class Learner:
         with torch.no_grad():  # everything that the target model says
             obs, tasks = self.now_and_after(batch)
             latents = target.encode(obs, tasks)  # (2B, L, W)
-            actions = target.policy(latents, tasks).sharpen().sample(noise)  # (2B, N, A)
+            actions = target.policy(latents, tasks).sample(noise)  # (2B, N, A)
             probs = torch.softmax(target.q(latents, actions, tasks), dim=-1)  # (2B, N, M)
             probs_now, probs_after = probs.chunk(2)
             q = target.mean_value(probs_now)  # (B, N)
@@ -307,7 +337,7 @@ class Learner:
         self.target_model.q_spread[task] = new
 
     def choose(self, candidates, generator):
-        """A Batch of `pool` times too many transitions -> one of B, half by chance, half by their
+        """A Batch of POOL times too many transitions -> one of B, half by chance, half by their
         worth.
 
         Worth, exp(focus * return), lies on a tenth of the data: weights alone left most of a batch
@@ -318,7 +348,7 @@ class Learner:
         candidates = candidates.to(self.device)
         if self.pool == 1:
             return candidates
-        place = torch.rand((), generator=generator, device=self.device)
+        place = self.rand((), generator)
         if parallel.RANKS > 1:
             candidates = candidates.map(parallel.of_all_ranks)
             torch.distributed.broadcast(place, 0)
@@ -334,38 +364,75 @@ class Learner:
         rows = torch.searchsorted(sums, places * sums[-1])
         return candidates.take(rows.clamp(max=len(task) - 1))
 
+    def share(self):
+        """The share of the observed return in this update's target."""
+        return observed_share(self.updates, self.warmup_updates, self.total_updates)
+
     def gradient(self, batch, generator):
         """Leave the gradient of the loss, of all parts of the batch -> metrics"""
         self.optimizer.zero_grad(set_to_none=True)
-        parts, warm = [], self.updates < self.warmup_updates
+        share, parts = self.share(), []
         for first in range(self.accumulate):
             part = batch.take(slice(first, None, self.accumulate))  # with every task's share
-            on_gpu = self.device.type == "cuda"
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu):
-                loss, metrics = self.forward(part, self.noise(part, generator), warm)
+            with in_bf16(self.model.config, self.device):
+                loss, metrics = self.forward(part, self.noise(part, generator), share)
             (loss / self.accumulate).backward()
             parts.append({name: value.detach() for name, value in metrics.items()})
+        if len(parts) == 1:
+            return parts[0]
         return {name: torch.stack([part[name] for part in parts]).mean(0) for name in metrics}
 
+    def update_from(self, candidates, generator):
+        """An update by a batch that is chosen among the candidates -> metrics"""
+        return self.update(self.choose(candidates, generator), generator)
+
     def update(self, batch, generator):
-        """One gradient step on a Batch -> metrics, 0-d tensors. `generator`: of all that is random"""
-        batch = batch.to(self.device)
-        metrics = self.gradient(batch, generator)
-        norm = torch.nn.utils.clip_grad_norm_(self.weights, self.settings.max_grad_norm)
-        metrics["grad_norm"] = norm = parallel.full(norm)
-        if not torch.isfinite(norm + metrics["loss"]):
-            raise NonFinite(f"update {self.updates}: the loss is {metrics['loss'].item()} and its "
-                            f"gradient's norm {norm.item()}; the weights were left as they were. "
-                            f"{self.likely_cause(batch, metrics)}", metrics)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * schedule(self.updates, self.total_updates)
-        self.optimizer.step()
+        """One gradient step on a Batch -> metrics, 0-d tensors. `generator`: of all that is random
+
+        On a GPU the host does not wait for it, and `check` tells later whether it failed.
+        """
+        self.set_learning_rate()
+        metrics = self.step(batch.to(self.device), generator)
         self.updates += 1
-        # A young average would remember the random start for long: its rate begins at 1.
-        rate = max(self.settings.target_rate, 1 / self.updates)
-        with torch.no_grad():  # else theta' would carry the graph of all updates so far
-            torch._foreach_lerp_(self.target_weights, self.weights, rate)
         return metrics
+
+    def set_learning_rate(self):
+        rate = self.settings.learning_rate * schedule(self.updates, self.total_updates)
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def step(self, batch, generator):
+        """What an update computes, on the device."""
+        metrics = self.gradient(batch, generator)
+        longest = self.settings.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, longest)
+        metrics["grad_norm"] = norm = parallel.full(norm)
+        finite = torch.isfinite(norm + metrics["loss"])
+        if not self.waits:
+            self.skipped += ~finite | (self.skipped > 0)
+            self.optimizer.found_inf = self.skipped.clamp(max=1)  # AdamW then changes nothing
+        elif not finite:
+            raise NonFinite(f"the loss is {metrics['loss'].item()} and its gradient's norm "
+                            f"{norm.item()}; the weights were left as they were. "
+                            f"{self.likely_cause(batch, metrics)}", self.updates, metrics)
+        self.optimizer.step()
+        with torch.no_grad():  # else theta' would carry the graph of all updates so far
+            torch._foreach_lerp_(self.target_weights, self.weights, self.target_rate())
+        return metrics
+
+    def target_rate(self):
+        """A young average would remember the random start for long: its rate begins at 1."""
+        return max(self.settings.target_rate, 1 / (self.updates + 1))
+
+    def check(self, metrics):
+        """NonFinite if an update on a GPU has failed. metrics: of the last one"""
+        if self.skipped > 0:
+            raise NonFinite("the loss or its gradient was not finite; the weights are those of "
+                            "before it. --resume with --device cpu makes it again, and names the "
+                            "likely cause", self.updates - int(self.skipped), metrics)
 
     def likely_cause(self, batch, metrics):
         """Why an update may have failed, and what to do."""
@@ -381,3 +448,93 @@ class Learner:
             return "Only the backward pass overflowed. Lower --learning-rate?"
         return ("Data and weights are finite, so the weights have grown too large. "
                 "Lower --learning-rate, or raise --eta?")
+
+
+# ---------------------------------------------------------------- updates as CUDA graphs
+
+class Draws:
+    """Uniform numbers at fixed places, handed out in the order in which they were first asked for."""
+
+    def __init__(self):
+        self.places, self.given, self.generator = [], 0, None
+
+    def rand(self, shape, device):
+        if self.given == len(self.places):
+            self.places.append(torch.rand(shape, generator=self.generator, device=device))
+        self.given += 1
+        return self.places[self.given - 1]
+
+    def refill(self, generator):
+        """The numbers that torch.rand draws for the same shapes, to the bit."""
+        self.generator, self.given = generator, 0
+        for place in self.places:
+            place.uniform_(generator=generator)
+
+
+def aside(function):
+    """function(), on a stream of its own, as what is captured next needs it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        out = function()
+    torch.cuda.current_stream().wait_stream(side)
+    return out
+
+
+def capture(function):
+    """-> a function that launches again, as one CUDA graph, whatever `function` launches."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = function()
+
+    def replay():
+        graph.replay()
+        return out
+
+    return replay
+
+
+class Replay:
+    """Updates of one kind, which read and write the same memory every time.
+
+    The first runs eagerly, the second is captured. Candidates and random numbers are copied to
+    their places before each.
+    """
+
+    def __init__(self, learner, candidates):
+        self.learner, self.candidates = learner, candidates.map(torch.clone)
+        self.draws, self.eager, self.replay = Draws(), True, None
+
+    def step(self):
+        return self.learner.step(self.learner.choose(self.candidates, self.draws), self.draws)
+
+    def __call__(self, candidates, generator):
+        for name, place in vars(self.candidates).items():
+            if isinstance(place, torch.Tensor):
+                place.copy_(getattr(candidates, name))
+        self.draws.refill(generator)
+        if self.eager:
+            self.eager = False
+            return aside(self.step)
+        self.replay = self.replay or capture(self.step)
+        return self.replay()
+
+
+class Graphs:
+    """A Learner's updates as CUDA graphs, one for each share of the observed return."""
+
+    def __init__(self, learner):
+        self.learner, self.replays = learner, {}
+
+    def update_from(self, candidates, generator):
+        """What the learner's does, to the bit. The metrics are overwritten by the next update."""
+        learner = self.learner
+        if learner.target_rate() > learner.settings.target_rate:  # no constant yet
+            return learner.update_from(candidates, generator)
+        share = learner.share()
+        if share not in self.replays:
+            self.replays[share] = Replay(learner, candidates)
+        learner.set_learning_rate()
+        metrics = self.replays[share](candidates, generator)
+        learner.updates += 1
+        return metrics

@@ -21,10 +21,10 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention
+from kernels.task_linear import look_up, task_linear
 
 # The last five are after the paper's sizes: 32M, 73M, 164M, 0.4B, 988M parameters.
 SIZES = {
@@ -82,16 +82,22 @@ def config_for(size, metas, **changes):
     return ModelConfig(tasks=tasks, **{**SIZES[size], **changes})
 
 
+def computes_in_bf16(config, device):
+    """On a GPU, from `large` on: below, the casts of autocast are a quarter of all launches."""
+    return device.type == "cuda" and config.width >= SIZES["large"]["width"]
+
+
+def in_bf16(config, device):
+    """Autocast to bf16, where that pays."""
+    enabled = computes_in_bf16(config, device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
 def count_parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 # ---------------------------------------------------------------- what samples share
-
-def look_up(table, index):
-    """table[index], by an embedding, whose backward pass is faster. (T, ...), (B,) -> (B, ...)"""
-    return F.embedding(index, table.flatten(1)).view(len(index), *table.shape[1:])
-
 
 class Shared(NamedTuple):
     """Rows that many samples have in common: sample b has table[index[b]] of `table` (T, J, W)."""
@@ -112,24 +118,6 @@ def for_each_sample(function, x):
     if len(table) == 1:
         return table.expand(len(x.index), -1, -1)
     return look_up(table, x.index)
-
-
-def linear_of_task(x, weight, bias, task):
-    """x (B, ..., F), weight (tasks, F, W), bias (tasks, W), task (B,) -> (B, ..., W): each sample
-    by its task's matrix.
-
-    One product for each task there is: weight[task] would copy a matrix for every sample.
-    """
-    if x.is_meta:  # a dry run: the same work
-        return x @ weight[0] + bias[0]
-    tasks = torch.arange(len(weight), device=task.device)
-    counts = (task == tasks[:, None]).sum(1).tolist()  # bincount does not compile
-    order = task.argsort(stable=True)
-    parts = x[order].split(counts)
-    # unbind writes the weights' gradient once; weight[t] would fill one of its whole size for every
-    # t.
-    products = [part @ w + b for part, w, b in zip(parts, weight.unbind(), bias.unbind())]
-    return torch.cat(products)[order.argsort()]
 
 
 # ---------------------------------------------------------------- layers
@@ -161,14 +149,10 @@ class Scalars(nn.Module):
         self.register_buffer("scales", torch.tensor(SCALES), persistent=False)
         self.register_buffer("mask", own, persistent=False)
 
-    def forward(self, x, task):
-        """x: (B, ..., dims), task: (B,) -> (B, ..., tokens, W). What is past its own is ignored."""
-        own = look_up(self.mask, task)  # (B, dims)
-        own = own.view(len(x), *[1] * (x.dim() - 2), -1)  # (B, ..., dims)
-        x = torch.where(own, x, 0)[..., None]
-        x = torch.cat([x.clamp(-10, 10), torch.tanh(x * self.scales)], dim=-1)
-        x = x.flatten(-2)  # (B, ..., dims * (1 + scales))
-        tokens = linear_of_task(x, self.weight, self.bias, task)
+    def forward(self, x, task, mean=None, std=None):
+        """x: (B, ..., dims), task: (B,), mean and std of each task: (tasks, dims), or none
+        -> (B, ..., tokens, W). What is past its own is ignored."""
+        tokens = task_linear(x, task, self.weight, self.bias, self.mask, self.scales, mean, std)
         return tokens.unflatten(-1, (self.tokens, -1))
 
 
@@ -283,8 +267,7 @@ class Perceiver(nn.Module):
 
     def inputs(self, obs, task):
         """obs: (B, O), task: (B,) -> the latents' contexts, and the mask (B, I) of them"""
-        obs = (obs - self.obs_mean[task]) / self.obs_std[task]
-        tokens = self.obs_encoder(obs, task)  # (B, obs_tokens, W)
+        tokens = self.obs_encoder(obs, task, self.obs_mean, self.obs_std)  # (B, obs_tokens, W)
         words = self.word_embedding(self.words) + self.word_position  # (tasks, longest, W)
         return (tokens, Shared(words, task)), self.input_mask[task]
 
@@ -331,12 +314,16 @@ class Perceiver(nn.Module):
         """
         return (probs * self.value_atoms).sum(-1)
 
-    def attention_entropy(self, obs, task):
-        """Mean entropy, in nats, of the latents' attention over the inputs: low if it collapses."""
+    def attention_scores(self, obs, task):
+        """Of the latents for the inputs: the observation's tokens, then words. (B, H, L, I)"""
         contexts, mask = self.inputs(obs, task)
         q, k, _ = self.encoder.project(Shared(self.latents, task), contexts)
-        scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5  # (B, H, L, I)
-        scores = scores.masked_fill(~mask[:, None, None], -1e9)
+        scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
+        return scores.masked_fill(~mask[:, None, None], -1e9)
+
+    def attention_entropy(self, obs, task):
+        """Mean entropy, in nats, of the latents' attention over the inputs: low if it collapses."""
+        scores = self.attention_scores(obs, task)
         return torch.distributions.Categorical(logits=scores).entropy().mean()
 
 

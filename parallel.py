@@ -9,6 +9,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -16,12 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import Batch
-from model import Attention, Perceiver, count_parameters
+from model import Attention, Perceiver, computes_in_bf16, count_parameters
 
 LAUNCHED = dist.is_torchelastic_launched()
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0
@@ -36,6 +37,8 @@ GPUS = {  # data sheets: bf16 FLOP/s, bytes
 }
 SPEED = 0.3  # share of the peak that a dry run reckons with [ours]
 
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+REPEATED = 3  # seconds in which several signals are one: terminal and torchrun both send Ctrl-C's
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
@@ -119,20 +122,52 @@ def keep_memory():
         libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
+class Outliving:
+    """A stream whose reader may go away: a closed terminal or pipe does not end a run."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        return self.attempt(self.stream.write, text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, function, *args):
+        try:
+            return function(*args)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def outlive_readers():
+    sys.stdout, sys.stderr = Outliving(sys.stdout), Outliving(sys.stderr)
+
+
 class Stop:
-    """The first SIGINT or SIGTERM asks to stop after the update in hand; a second ends at once."""
+    """The first signal of STOPS asks to stop after the update in hand; another one, later than
+    REPEATED seconds after it, ends at once."""
 
     def __init__(self):
-        self.signal = 0
+        self.signal = self.since = 0
         self.default(self.ask)
 
     def ask(self, number, _):
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        if not self.signal:
+            self.signal, self.since = number, time.monotonic()
+        elif time.monotonic() - self.since > REPEATED:
+            self.default()
+            os.kill(os.getpid(), number)
 
     def default(self, handler=signal.SIG_DFL):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, handler)
+        for number in STOPS:
+            ignored = signal.getsignal(number) == signal.SIG_IGN
+            if not (ignored and number == getattr(signal, "SIGHUP", None)):  # nohup's doing
+                signal.signal(number, handler)
 
     def agreed(self, device):
         """The signal that any rank has got: then all of them stop after the same update."""
@@ -148,8 +183,8 @@ class LossModule(nn.Module):
         super().__init__()
         self.model, self.target_model, self.loss = learner.model, learner.target_model, learner.loss
 
-    def forward(self, batch, noise, warm):
-        return self.loss(batch, noise, warm)
+    def forward(self, batch, noise, share):
+        return self.loss(batch, noise, share)
 
 
 def join(learner, shard):
@@ -162,8 +197,11 @@ def join(learner, shard):
             gradient_as_bucket_view=True)  # without the view, each gradient is there twice
         return
     mesh = init_device_mesh(learner.device.type, (dist.get_world_size(),))
+    gathered = torch.bfloat16 if computes_in_bf16(learner.model.config, learner.device) else None
+    policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32,
+                                  cast_forward_inputs=False)
     for block in [m for m in module.modules() if isinstance(m, Attention)]:
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     learner.forward = fully_shard(module, mesh=mesh)
     learner.make_optimizer()  # the parameters are others now: the shards
 

@@ -120,27 +120,31 @@ COUNTED = ("name", "episodes", "transitions", "return", "checksum", "sources")
 
 
 @contextmanager
-def new_target(target):
-    """A path beside `target` to write to, renamed at the end: half a thing is never believed."""
+def new_target(target, wait=False):
+    """A path beside `target` to write to, renamed at the end: half a thing is never believed.
+
+    wait: for another process that writes; None if it has made the target.
+    """
     target = Path(target)
-    if target.exists():
+    if target.exists() and not wait:
         raise DataError(f"{target} exists already: delete it, or choose another name")
     partial = target.with_name(f".{target.name}.partial")
     new = [folder for folder in target.parents if not folder.exists()]
-    try:
-        with only_writer(target.parent):
+    with only_writer(target.parent, wait):
+        if target.exists():
+            yield None
+            return
+        remove(partial)
+        try:
+            yield partial
+            os.replace(partial, target)
+        except BaseException:  # nothing is left behind
             remove(partial)
-            try:
-                yield partial
-                os.replace(partial, target)
-            finally:
-                remove(partial)
-    except BaseException:  # nothing is left behind
-        for folder in new:
-            with suppress(OSError):  # it is not empty
-                (folder / ".lock").unlink(missing_ok=True)
-                folder.rmdir()
-        raise
+            for folder in new:
+                with suppress(OSError):  # it is not empty
+                    (folder / ".lock").unlink(missing_ok=True)
+                    folder.rmdir()
+            raise
 
 
 def remove(path):
@@ -263,8 +267,16 @@ def default_folder(size):
     return DATASETS / ("tiny" if size == "tiny" else "") / "switching"
 
 
+def known(names):
+    """DataError for the name of a task that the default data does not have."""
+    for name in names or ():
+        if name not in TASKS:
+            raise DataError(f"no task {name!r}; there are: {', '.join(TASKS)}")
+
+
 def default_metas(names=None):
     """The metas of the default tasks before there is any data."""
+    known(names)
     metas = []
     for name in names or TASKS:
         meta = envs.describe(name, INSTRUCTIONS[name])
@@ -275,6 +287,7 @@ def default_metas(names=None):
 def build_default(folder, names=None):
     """Make what is missing of a default data set; leave other folders alone."""
     if folder.parent in DEFAULT_SETS and folder.name in PARTS:
+        known(names)
         build(folder.parent, [folder.name], names or TASKS, DEFAULT_SETS[folder.parent])
 
 
@@ -300,8 +313,9 @@ def build(folder=DATASETS, parts=PARTS, tasks=TASKS, transitions=TRANSITIONS, sh
         for part, task in wanted:
             bar.set_postfix_str(f"{part}/{task}")
             jobs = collect.jobs_of(task, part, transitions, shares, seed)
-            with new_target(Path(folder, part, task)) as partial:
-                append(partial, episodes(jobs), metas[task])
+            with new_target(Path(folder, part, task), wait=True) as partial:
+                if partial:
+                    append(partial, episodes(jobs), metas[task])
         bar.update(total - bar.n)
 
 

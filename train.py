@@ -12,13 +12,15 @@
 A run's folder holds config.json, metrics.jsonl, checkpoints/ and, at the end, eval.json and
 curve.png. Exit codes: 0; 2, the message says what is wrong; 3, trained, but episodes of the
 evaluation failed; 128 + n, stopped by signal n (Ctrl-C: 130) after the update in hand, saved. A
-second signal ends at once.
+second signal, some seconds later, ends at once.
 """
 
 import argparse
+import math
 import re
+import signal
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 STEPS = {"tiny": 600, "small": 10_000}  # updates by default; other sizes: 100,000
@@ -44,13 +46,14 @@ class TrainConfig:
     eval_every: int = 3000  # updates between evaluations on the way; 0: none
     eval_episodes: int = 3  # a task in those evaluations
     episodes: int = 10  # a task in the evaluation at the end; 0: none
-    save_every: int = 500  # updates between checkpoints
+    save_every: int = 500  # updates between checkpoints; 0: one at the end
     keep: int = 2  # checkpoints, the newest
-    log_every: int = 50  # updates between lines of metrics.jsonl
+    log_every: int = 50  # updates between lines of metrics.jsonl; 0: one at the end
     log: list[str] = None  # other loggers
     threads: int = None  # of the CPU (default: 1 for tiny and small, otherwise torch's choice)
-    device: str = None  # cpu or cuda (default: cuda if there is one; bf16 there)
+    device: str = None  # what computes (default: cuda if there is one; bf16 there)
     compile: bool = False  # the loss, by torch.compile: faster after a minute or two; needs g++
+    graph: bool = False  # each update as one CUDA graph: one launch instead of hundreds
     accumulate: int = 1  # work a batch off in so many parts, for less memory
     recompute: bool = None  # activations: less memory, a third more work (default: for s, m, l)
     shard: bool = None  # the weights over the ranks, by FSDP, not DDP (default: for s, m, l)
@@ -58,9 +61,23 @@ class TrainConfig:
 
 
 # On --resume: how, not what, is computed. The bits may differ; with `accumulate` also the
-# statistics within a part.
-MAY_CHANGE = ("verify", "prefetch", "keep", "log", "threads", "device", "compile", "accumulate",
-              "recompute", "shard")
+# statistics within a part. `data`: the same, elsewhere. `steps` may grow.
+MAY_CHANGE = ("verify", "prefetch", "keep", "log", "threads", "device", "compile", "graph",
+              "accumulate", "recompute", "shard", "data", "steps", "episodes", "eval_every",
+              "eval_episodes", "log_every", "save_every")
+
+# The numbers that settings take: in words, as a test, and for which settings.
+RANGES = (
+    ("from 0 to 1", lambda x: 0 <= x <= 1, "alpha alphas warmup"),
+    ("above 0 and at most 1", lambda x: 0 < x <= 1, "top target_rate"),
+    ("above 0", lambda x: 0 < x < math.inf, "eta learning_rate weights"),
+    ("0 or more", lambda x: 0 <= x < math.inf,
+     "beta focus max_grad_norm episodes eval_every save_every log_every"),
+    ("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32, "seed"),
+    ("1 or more", lambda x: x >= 1,
+     "steps batch_size eval_episodes keep threads accumulate n_step"),
+    ("2 or more", lambda x: x >= 2, "samples"),  # one alone has no spread
+)
 
 
 # ---------------------------------------------------------------- flags, before torch is imported
@@ -80,7 +97,7 @@ def fields_of(file, name):
 
 
 def names_of(file, table):
-    """The keys of a table, as they stand in a file, with their values where these are strings."""
+    """The keys of a table, as they stand in a file, with their values where these are words."""
     body = re.search(rf"^{table} = {{(.*?)}}$", source_of(file), re.S | re.M)[1]
     return dict(re.findall(r'"(\w+)": ?(?:"(\w+)")?', body))
 
@@ -96,6 +113,19 @@ def algorithm(name):
 TYPES = {"str": str, "int": int, "float": float}
 
 
+def number(name, kind):
+    """The type of a setting's flag: one that takes the numbers of RANGES."""
+    words, allowed, _ = next(row for row in RANGES if name in row[2].split())
+
+    def read(text):
+        if not allowed(kind(text)):
+            raise argparse.ArgumentTypeError(f"{text}: it has to be {words}")
+        return kind(text)
+
+    read.__name__ = kind.__name__  # argparse names it where a text is no number at all
+    return read
+
+
 def flag(name):
     return "--" + name.replace("_", "-")
 
@@ -103,12 +133,12 @@ def flag(name):
 def add_flags(group, fields, choices, prefix=""):
     for name, kind, default, comment in fields:
         options = dict(metavar=name.upper(), choices=choices.get(name))
+        if kind.startswith("list"):
+            kind, options["nargs"] = kind[5:-1], "+"
         if kind == "bool":
             options = dict(action=argparse.BooleanOptionalAction)
-        elif kind.startswith("list"):
-            options.update(nargs="+", type=TYPES[kind[5:-1]])
         else:
-            options.update(type=TYPES[kind])
+            options["type"] = str if kind == "str" else number(name, TYPES[kind])
         if name in choices:
             comment += ": " + ", ".join(choices[name])
         if default != "None":
@@ -132,7 +162,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     choices = {"size": names_of("model.py", "SIZES"), "algo": names_of("learner.py", "ALGORITHMS"),
-               "log": names_of("checkpoint.py", "LOGGERS")}
+               "log": names_of("checkpoint.py", "LOGGERS"), "act": names_of("eval.py", "ACTS"),
+               "device": ("cpu", "cuda"), "critic": ("q", "v")}
     add_flags(parser.add_argument_group("the run"), fields_of("train.py", "TrainConfig"), choices)
     more = parser.add_argument_group("instead of a new run")
     more.add_argument("--resume", metavar="RUN", default=None, help="go on with this run")
@@ -142,7 +173,7 @@ def parse_args(argv=None):
                       help="print what the run would take, and stop")
     settings = fields_of("learner.py", "LossSettings")
     loss = parser.add_argument_group("the loss (default: the algorithm's own, see learner.py)")
-    add_flags(loss, settings, {}, "pac: ")
+    add_flags(loss, settings, choices, "pac: ")
     given = vars(parser.parse_args(argv))
     if given["at"] is not None and not given["resume"]:
         parser.error("--at goes with --resume")
@@ -153,6 +184,8 @@ def parse_args(argv=None):
 
 if __name__ == "__main__":
     FLAGS = parse_args()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while there is nothing to save
 
 import faulthandler
 import importlib.util
@@ -167,10 +200,10 @@ import torch
 import data
 import parallel
 import prepare
-from checkpoint import (FORMAT, Log, RunError, checkpoints, find_checkpoint, read_config, restore,
-                        save)
-from eval import EPISODES_FAILED, evaluate, table, write_summary
-from learner import Learner, LossSettings, NonFinite, settings_for
+from checkpoint import (FORMAT, Log, RunError, check_device, checkpoints, find_checkpoint,
+                        from_config, read_config, restore, save, set_aside)
+from eval import EPISODES_FAILED, evaluate, full_path, shown, table, write_summary
+from learner import Graphs, Learner, LossSettings, NonFinite, settings_for
 from model import config_for, count_parameters
 from parallel import over_ranks
 from plots import curve
@@ -183,15 +216,17 @@ LOW_ENTROPY, HIGH_VALUE = 0.1, 0.25
 
 def check(config, settings):
     """RunError for what cannot be; nothing has been written yet."""
-    counts = asdict(config) | asdict(settings)
-    for name in ("batch_size", "accumulate", "pool", "samples", "n_step"):
-        if counts[name] < 1:
-            raise RunError(f"{flag(name)} {counts[name]}: it has to be 1 at the least")
+    check_device(config.device)
     if config.batch_size % (parallel.RANKS * config.accumulate):
         raise RunError(f"--batch-size {config.batch_size} cannot be divided among {parallel.RANKS} "
                        f"ranks in {config.accumulate} parts each")
     if config.alphas and settings.beta == 0:
         raise RunError(f"--alphas: {config.algo} only clones, so alpha changes nothing")
+    if settings.beta == 0 and settings.alpha < 1:
+        raise RunError(f"--beta 0 --alpha {settings.alpha:g}: without a critic there is nothing to "
+                       "improve by; --alpha 1 clones alone")
+    if settings.act in ("improved", "best") and (settings.beta == 0 or settings.critic == "v"):
+        raise RunError(f"--act {settings.act} needs a critic Q, and these settings train none")
     for name in ("weights", "alphas"):
         given = getattr(config, name)
         if given and len(given) != len(config.data):
@@ -204,6 +239,8 @@ def check(config, settings):
     for name in config.log or ():
         if not importlib.util.find_spec(name):
             raise RunError(f"--log {name} needs `pip install {name}`")
+    if config.graph and (config.device == "cpu" or parallel.RANKS > 1 or config.compile):
+        raise RunError("--graph is for one GPU, without --compile: a CPU has no launches to save")
     if config.compile and config.shard:
         raise RunError("--compile and --shard do not go together: choose one")
 
@@ -231,12 +268,26 @@ def new_run(flags):
 def old_run(flags):
     """Flags -> (TrainConfig, LossSettings) of the run that is resumed."""
     stored = read_config(flags.resume)
-    before = stored["train"] | stored["settings"]
+    config = from_config(TrainConfig, stored["train"], flags.resume)
+    settings = from_config(LossSettings, stored["settings"], flags.resume)
+    before = asdict(config) | asdict(settings)
     for name, value in (flags.run | flags.loss).items():
         if name not in MAY_CHANGE and value != before[name]:
             raise RunError(f"{flags.resume} was trained with {flag(name)} {before[name]}, not "
                            f"{value}: resume without the flag, or start a new run")
-    return TrainConfig(**stored["train"] | flags.run), LossSettings(**stored["settings"])
+    config = replace(config, **flags.run)
+    if len(config.data) != len(before["data"]):
+        raise RunError(f"{flags.resume} was trained on {len(before['data'])} data set(s), not on "
+                       f"{len(config.data)}")
+    if config.steps < before["steps"]:
+        raise RunError(f"{flags.resume} was trained with --steps {before['steps']}: "
+                       f"{config.steps} is fewer, and they may only become more")
+    if config.steps > before["steps"]:
+        if settings.warmup < 1:  # it stays the same number of updates
+            settings.warmup *= before["steps"] / config.steps
+        print(f"--steps {before['steps']} becomes {config.steps}: the learning rate follows the "
+              f"schedule of {config.steps} from here on, and the warm-up stays as long as it was")
+    return config, settings
 
 
 def open_data(config):
@@ -297,19 +348,26 @@ def make_batches(config, settings, sources, learner):
     return sampler, data.prefetch(batches, 2) if config.prefetch else batches
 
 
-def begin(config, settings, metas, learner, run, resume, at):
-    """Restore the run's checkpoint, or write its config.json."""
+def begin(config, settings, sources, metas, learner, run, resume, at):
+    """Restore the run's checkpoint, if it goes on, and write its config.json."""
+    checksums = [task.meta["checksum"] for task in sources["tasks"]]
     if resume:
-        if read_config(run)["tasks"] != metas:
+        before = read_config(run)
+        if before["tasks"] != metas or before.get("checksums", checksums) != checksums:
             raise RunError(f"{config.data} is not the data that {run} was trained on "
                            "(its config.json lists that)")
         if checkpoints(run) or at is not None:  # otherwise it was stopped before its first
             restore(find_checkpoint(run, at), learner)
-    elif parallel.RANK == 0:
-        stored = {"format": FORMAT, "algo": config.algo, "train": asdict(config),
-                  "settings": asdict(settings), "model": learner.model.config.to_dict(),
-                  "tasks": metas}
-        data.write_file(run / "config.json", json.dumps(stored, indent=2) + "\n")
+    elif parallel.RANK == 0 and (run / "config.json").exists():
+        raise RunError(f"{run} is in use: another process has made it meanwhile")
+    if parallel.RANK > 0:
+        return
+    if at is not None:
+        set_aside(run, at)
+    stored = {"format": FORMAT, "algo": config.algo, "train": asdict(config),
+              "settings": asdict(settings), "model": learner.model.config.to_dict(),
+              "tasks": metas, "checksums": checksums}
+    data.write_file(run / "config.json", json.dumps(stored, indent=2) + "\n")
 
 
 def warnings_of(metrics):
@@ -319,7 +377,7 @@ def warnings_of(metrics):
                "raise --eta or --alpha")
     if metrics.get("critic/value", 0) - metrics.get("critic/observed", 0) > HIGH_VALUE:
         yield (f"the critic overestimates (mean Q exceeds the observed returns by {HIGH_VALUE} of "
-               "the range of values): raise --mc-share or --alpha, or lower --n-step")
+               "the range of values): raise --alpha, or lower --n-step")
 
 
 def averaged(metrics, device):
@@ -331,26 +389,36 @@ def averaged(metrics, device):
 def evaluate_on_the_way(target, metas, config, settings, batch, bar):
     """A small evaluation of the averaged model -> its line of the log"""
     summary = evaluate(target, metas, config.eval_episodes, config.seed, settings.act, settings.eta)
-    scores = {name: row["score"] for name, row in summary["tasks"].items()}
-    short = "  ".join(f"{name.split('-')[0]} {score:.2f}" for name, score in scores.items())
-    bar.write(f"update {bar.n}: IQM {summary['iqm']:.3f}   {short}")
+    line, short = {"eval/failed": len(summary["failed"])}, f"IQM {shown(summary['iqm'])} "
+    if summary["iqm"] is not None:
+        line["eval/iqm"] = summary["iqm"]
+    for name, row in summary["tasks"].items():
+        what = "return" if row["score"] is None else "score"
+        line[f"eval/{name}/{what}"] = row[what]
+        short += f"  {name.split('-')[0]} {row[what]:.2f}"
+        if "success" in row:
+            line[f"eval/{name}/success"] = row["success"]
+    bar.write(f"update {bar.n}: {short}")
     for text in summary["failed"]:
         bar.write(f"  failed, and left out: {text}")
-    line = {f"eval/{name}/score": score for name, score in scores.items()}
-    line["eval/iqm"], line["eval/failed"] = summary["iqm"], len(summary["failed"])
     line["model/attention_entropy"] = target.attention_entropy(batch.obs[:, 0], batch.task).item()
     return line
+
+
+def due(every, step):
+    return every > 0 and step % every == 0
 
 
 def train(config, settings, sources, run, resume=None, at=None):
     parallel.set_up(config.threads, config.deterministic)
     metas = prepare.merged_metas(sources["tasks"])
     learner = start(config, settings, metas, sources)
-    begin(config, settings, metas, learner, run, resume, at)
+    begin(config, settings, sources, metas, learner, run, resume, at)
     transitions = sum(meta["transitions"] for meta in metas)
     print(f"{run}: {config.algo}, {config.size}, {count_parameters(learner.model):,} parameters, "
           f"{len(metas)} tasks, {transitions:,} transitions, {config.device}")
     sampler, batches = make_batches(config, settings, sources, learner)
+    updates = Graphs(learner) if config.graph else learner
     stop, stopped, warned = parallel.Stop(), 0, set()
     log = Log(run, learner.updates, config.log)
     bar = data.progress(total=config.steps, initial=learner.updates, desc="train", unit="update",
@@ -360,27 +428,31 @@ def train(config, settings, sources, run, resume=None, at=None):
             candidates = next(batches).to(learner.device)
             _, generator = random_streams(config.seed, learner.updates, config.device)
             try:
-                metrics = learner.update(learner.choose(candidates, generator), generator)
+                metrics = updates.update_from(candidates, generator)
+                step, line = learner.updates, {}
+                last = step == config.steps
+                stopped = stop.agreed(learner.device)
+                logs = due(config.log_every, step) or last
+                saves = due(config.save_every, step) or last or stopped
+                if logs or saves:
+                    learner.check(metrics)
             except NonFinite as error:
-                raise not_finite(run, config.seed, learner.updates, sampler, error) from None
+                raise not_finite(run, config.seed, sampler, error) from None
             bar.update()
-            step, line = learner.updates, {}
-            last = step == config.steps
-            stopped = stop.agreed(learner.device)
-            if step % config.log_every == 0 or last:
+            if logs:
                 line = averaged(metrics, learner.device)
                 shown = {name: f"{line[name]:.3g}" for name in ("loss", "grad_norm")}
                 bar.set_postfix(shown, refresh=False)
                 for text in set(warnings_of(line)) - warned:
                     bar.write(f"update {step}: warning: {text}")
                     warned.add(text)
-            if config.eval_every and step % config.eval_every == 0 and not last:
+            if due(config.eval_every, step) and not last:
                 target = parallel.gathered(learner.target_model)
                 if parallel.RANK == 0:
                     line |= evaluate_on_the_way(target, metas, config, settings, candidates, bar)
             if line:
                 log.write(step, line)
-            if step % config.save_every == 0 or last or stopped:
+            if saves:
                 log.sync()  # the log first: a checkpoint's lines are there when it is
                 save(run, learner, config.keep)
     batches.close()
@@ -398,11 +470,13 @@ def finish(run, config, settings, target, metas):
     failed = []
     if config.episodes:
         about = {"run": str(run), "act": settings.act, "eta": settings.eta,
-                 "seed": config.seed + 1, "episodes": config.episodes}
+                 "seed": config.seed + 1, "episodes": config.episodes,
+                 "checkpoint": find_checkpoint(run).name}
         summary = evaluate(target, metas, config.episodes, about["seed"], settings.act,
                            settings.eta)
         print(f"{config.episodes} episodes a task, acting by {settings.act}:\n{table(summary)}")
-        write_summary(run / "eval.json", about | summary)
+        summary = about | summary
+        write_summary(full_path(run, summary), summary)
         failed = summary["failed"]
     curve(run)
     print(f"the run is in {run}; look closer with: python eval.py {run} --episodes 20")
@@ -410,14 +484,14 @@ def finish(run, config, settings, target, metas):
         sys.exit(EPISODES_FAILED)
 
 
-def not_finite(run, seed, update, sampler, error):
+def not_finite(run, seed, sampler, error):
     """Write run/nonfinite.json, what one needs to make a failed update again -> a RunError"""
-    rng, _ = random_streams(seed, update, "cpu")
+    rng, _ = random_streams(seed, error.update, "cpu")
     episode, begin, _ = sampler.draw([rng])
     rows = {}
     for number, source in enumerate(sampler.sources):
         rows[str(source.data.folder)] = begin[sampler.source[episode] == number].tolist()
-    found = {"update": update, "seed": seed, "message": str(error), "metrics": error.metrics,
+    found = {"update": error.update, "seed": seed, "message": str(error), "metrics": error.metrics,
              "rows": rows}
     path = run / "nonfinite.json"
     if parallel.RANK == 0:
@@ -444,5 +518,6 @@ def main(argv=None, flags=None):
 
 
 if __name__ == "__main__":
+    parallel.outlive_readers()
     faulthandler.enable()  # a data file cut short during a read ends the process: this tells where
     main(flags=FLAGS)

@@ -43,9 +43,9 @@ INSTRUCTIONS = {  # the task description that the model reads
     "Reacher-v5": "reach the target with the tip of the arm",
     "Pusher-v5": "push the cylinder to the goal with the arm",
 }
-# Shares of each level in the default data: by steps in `levels`, by stretches in `switching`.
+# Shares of each level in the default data: by steps in `levels`, by stretches in the others.
 SHARES = {"random": 0.2, "weak": 0.4, "medium": 0.3, "expert": 0.1}
-PARTS = ("switching", "levels")
+PARTS = ("switching", "levels", "beyond")
 TRANSITIONS = 300_000  # a task and part
 FILE = Path(__file__).with_name("levels.npz")
 

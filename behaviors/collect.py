@@ -3,6 +3,7 @@
 import csv
 import multiprocessing
 import os
+import signal
 from pathlib import Path
 
 import gymnasium
@@ -50,6 +51,11 @@ def play_block(job):
 
 
 def jobs_of(task, part, transitions, shares, seed):
+    """What play_block is asked for. `beyond` is `switching` without the expert: the other levels
+    keep their proportions."""
+    if part == "beyond":
+        rest = 1 - shares["expert"]
+        shares = {level: shares[level] / rest for level in shares if level != "expert"}
     amounts = {None: transitions}
     if part == "levels":
         amounts = {level: share * transitions for level, share in shares.items()}
@@ -65,7 +71,9 @@ def processes():
     """A pool of as many processes as there are cores, at most 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # spawn: a fork of a process that has used torch's threads can hang
-    return multiprocessing.get_context("spawn").Pool(min(cores, 8))
+    # Ctrl-C is the parent's to answer: without it, the others end.
+    return multiprocessing.get_context("spawn").Pool(min(cores, 8), signal.signal,
+                                                     (signal.SIGINT, signal.SIG_IGN))
 
 
 def reference(env_id):

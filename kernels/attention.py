@@ -16,12 +16,23 @@ walks over its keys finishes all three: five products. Where neither side fits o
 per side does seven, and neither needs atomics.
 """
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
-from kernels.triton_support import cast, device_limit, jit, product, target_of, tl, triton, use_kernel
+from kernels.triton_support import (
+    cast,
+    device_limit,
+    jit,
+    operator,
+    product,
+    target_of,
+    tl,
+    triton,
+    use_kernel,
+)
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = 2 ** (x * LOG2_E): the hardware has exp2
 
@@ -242,34 +253,35 @@ BF16, FP32 = torch.bfloat16, torch.float32
 # every target. None spills registers; 64 rows are the least that wgmma and tcgen05 multiply. Exact fp32
 # is plain arithmetic on registers, so its tiles are small. Where the tile of by_queries (by_keys)
 # covers all queries (keys), the backward pass is one pass.
+WIDTHS = (16, 32, 64)  # of heads
 FP32_LAUNCHES = {
-    ("forward", FP32): {D: Launch(32, 32, 8, 1) for D in (16, 32, 64, 128)},
-    ("by_queries", FP32): {**{D: Launch(32, 16, 8, 1) for D in (16, 32, 64)}, 128: Launch(16, 16, 8, 1)},
-    ("by_keys", FP32): {**{D: Launch(16, 32, 8, 1) for D in (16, 64, 128)}, 32: Launch(32, 32, 8, 1)},
+    ("forward", FP32): dict.fromkeys(WIDTHS, Launch(32, 32, 8, 1)),
+    ("by_queries", FP32): {**dict.fromkeys(WIDTHS, Launch(32, 16, 8, 1)), 64: Launch(16, 16, 8, 1)},
+    ("by_keys", FP32): {**dict.fromkeys(WIDTHS, Launch(16, 32, 8, 1)), 32: Launch(32, 32, 8, 1)},
 }
 LAUNCHES = {
     "sm_80": {  # at most 99 KB of shared memory, so that it fits the consumer cards 8.6 and 8.9 too
-        ("forward", BF16): {**{D: Launch(64, 64, 4, 3) for D in (16, 32, 64)}, 128: Launch(64, 64, 8, 2)},
-        ("by_queries", BF16): {D: Launch(64, 32, 8, 2) for D in (16, 32, 64, 128)},
-        ("by_keys", BF16): {D: Launch(32, 64, 8, 2) for D in (16, 32, 64, 128)},
+        ("forward", BF16): dict.fromkeys(WIDTHS, Launch(64, 64, 4, 3)),
+        ("by_queries", BF16): dict.fromkeys(WIDTHS, Launch(64, 32, 8, 2)),
+        ("by_keys", BF16): dict.fromkeys(WIDTHS, Launch(32, 64, 8, 2)),
         **FP32_LAUNCHES,
     },
     "sm_90": {
-        ("forward", BF16): {D: Launch(64, 64, 4, 3) for D in (16, 32, 64, 128)},
-        ("by_queries", BF16): {D: Launch(64, 64, 8, 2) for D in (16, 32, 64, 128)},
-        ("by_keys", BF16): {**{D: Launch(64, 64, 8, 2) for D in (16, 32, 64)}, 128: Launch(32, 64, 8, 2)},
+        ("forward", BF16): dict.fromkeys(WIDTHS, Launch(64, 64, 4, 3)),
+        ("by_queries", BF16): dict.fromkeys(WIDTHS, Launch(64, 64, 8, 2)),
+        ("by_keys", BF16): dict.fromkeys(WIDTHS, Launch(64, 64, 8, 2)),
         **FP32_LAUNCHES,
     },
     "sm_100": {
-        ("forward", BF16): {D: Launch(64, 64, 4, 3) for D in (16, 32, 64, 128)},
-        ("by_queries", BF16): {D: Launch(64, 64, 8, 2) for D in (16, 32, 64, 128)},
-        ("by_keys", BF16): {16: Launch(64, 64, 4, 2), **{D: Launch(64, 64, 8, 2) for D in (32, 64, 128)}},
+        ("forward", BF16): dict.fromkeys(WIDTHS, Launch(64, 64, 4, 3)),
+        ("by_queries", BF16): dict.fromkeys(WIDTHS, Launch(64, 64, 8, 2)),
+        ("by_keys", BF16): {**dict.fromkeys(WIDTHS, Launch(64, 64, 8, 2)), 16: Launch(64, 64, 4, 2)},
         **FP32_LAUNCHES,
     },
     "gfx942": {
-        ("forward", BF16): {D: Launch(64, 64, 8, 1) for D in (16, 32, 64, 128)},
-        ("by_queries", BF16): {D: Launch(64, 32, 8, 1) for D in (16, 32, 64, 128)},
-        ("by_keys", BF16): {**{D: Launch(32, 64, 8, 1) for D in (16, 32, 64)}, 128: Launch(32, 32, 8, 1)},
+        ("forward", BF16): dict.fromkeys(WIDTHS, Launch(64, 64, 8, 1)),
+        ("by_queries", BF16): dict.fromkeys(WIDTHS, Launch(64, 32, 8, 1)),
+        ("by_keys", BF16): dict.fromkeys(WIDTHS, Launch(32, 64, 8, 1)),
     },
 }
 
@@ -296,45 +308,45 @@ def launch(name, tensors, q, k, v, mask, **constants):
     mask_bytes = q if mask is None else rows_contiguous(mask).view(torch.uint8)  # q: never read
     block_q, block_k, num_warps, num_stages = LAUNCHES[target_of(q.device)][name, q.dtype][width]
     tiles = triton.cdiv(len_k, block_k) if name == "by_keys" else triton.cdiv(len_q, block_q)
-    KERNELS[name][(batch * heads * tiles,)](
-        q, k, v, mask_bytes, *tensors, *strides(q, k, v), mask_bytes.stride(0),
-        heads, len_q, len_k, width**-0.5,
-        **constants, HAS_MASK=mask is not None, D=width, BLOCK_Q=block_q, BLOCK_K=block_k,
-        num_warps=num_warps, num_stages=num_stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        KERNELS[name][(batch * heads * tiles,)](
+            q, k, v, mask_bytes, *tensors, *strides(q, k, v), mask_bytes.stride(0),
+            heads, len_q, len_k, width**-0.5,
+            **constants, HAS_MASK=mask is not None, D=width, BLOCK_Q=block_q, BLOCK_K=block_k,
+            num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
 
 
 # ---------------------------------------------------------------- autograd
 
 
-@torch.library.custom_op("perceiver::attention", mutates_args=())
-def attention_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Optional[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    out = new_heads(q, q.shape[2])
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+def forward_outputs(q, k, v, mask):
+    return new_heads(q, q.shape[2]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def backward_outputs(dout, q, k, v, mask, out, lse):
+    return new_heads(q, q.shape[2]), new_heads(q, k.shape[2]), new_heads(q, k.shape[2])
+
+
+@operator("attention(Tensor q, Tensor k, Tensor v, Tensor? mask) -> (Tensor, Tensor)", forward_outputs)
+def attention_forward(q, k, v, mask):
+    """-> the output (B, H, Lq, D), and lse (B, H, Lq)"""
+    out, lse = forward_outputs(q, k, v, mask)
     launch("forward", (out, lse), q, k, v, mask)
     return out, lse
 
 
-@attention_forward.register_fake
-def _(q, k, v, mask):
-    return new_heads(q, q.shape[2]), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@torch.library.custom_op("perceiver::attention_backward", mutates_args=())
-def attention_backward(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: Optional[torch.Tensor],
-    out: torch.Tensor,
-    lse: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dout = dout.transpose(1, 2).contiguous()  # (B, Lq, H, D); a view where it came from merging heads
-    dq, dk, dv = new_heads(q, q.shape[2]), new_heads(q, k.shape[2]), new_heads(q, k.shape[2])
-    tensors = (out, lse, dout, dq, dk, dv)
+@operator(
+    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor lse)"
+    " -> (Tensor, Tensor, Tensor)",
+    backward_outputs,
+)
+def attention_backward(dout, q, k, v, mask, out, lse):
+    """-> dq, dk, dv"""
+    # (B, Lq, H, D), as the kernels read them; views where they lie so already
+    out, dout = out.transpose(1, 2).contiguous(), dout.transpose(1, 2).contiguous()
+    gradients = backward_outputs(dout, q, k, v, mask, out, lse)
+    tensors = (out, lse, dout, *gradients)
     table = LAUNCHES[target_of(q.device)]
     if q.shape[2] <= table["by_queries", q.dtype][q.shape[3]].block_q:
         launch("by_queries", tensors, q, k, v, mask, ONE_PASS=True)
@@ -343,23 +355,20 @@ def attention_backward(
     else:
         launch("by_queries", tensors, q, k, v, mask, ONE_PASS=False)
         launch("by_keys", tensors, q, k, v, mask, ONE_PASS=False)
-    return dq, dk, dv
+    return gradients
 
 
-@attention_backward.register_fake
-def _(dout, q, k, v, mask, out, lse):
-    return new_heads(q, q.shape[2]), new_heads(q, k.shape[2]), new_heads(q, k.shape[2])
+class FusedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, mask):
+        out, lse = attention_forward(q, k, v, mask)
+        ctx.save_for_backward(q, k, v, mask, out, lse)
+        return out
 
-
-def save_for_backward(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, *output)
-
-
-def backward(ctx, dout, _):
-    return *attention_backward(dout, *ctx.saved_tensors), None
-
-
-attention_forward.register_autograd(backward, setup_context=save_for_backward)
+    @staticmethod
+    @once_differentiable  # a second derivative is refused
+    def backward(ctx, dout):
+        return *attention_backward(dout, *ctx.saved_tensors), None
 
 
 # ---------------------------------------------------------------- dispatch
@@ -373,11 +382,12 @@ def kernel_limit(q, k, v):
     if ("forward", q.dtype) not in LAUNCHES[target] or not q.dtype == k.dtype == v.dtype:
         known = " or ".join(str(dtype) for name, dtype in LAUNCHES[target] if name == "forward")
         return f"takes {known} on {target}, not {q.dtype}, {k.dtype}, {v.dtype}"
-    if q.shape[3] not in (16, 32, 64, 128):
-        return f"takes heads 16, 32, 64 or 128 wide, not {q.shape[3]}"
+    if q.shape[3] not in WIDTHS:
+        return f"takes heads 16, 32 or 64 wide, not {q.shape[3]}"
     if q.numel() == 0 or k.numel() == 0:
         return f"takes no empty tensors, such as {tuple(q.shape)} and {tuple(k.shape)}"
-    if max(tensor.shape[2] * tensor.stride(2) for tensor in (q, k, v)) >= 2**31:
+    width = q.shape[1] * q.shape[3]  # of a row of the output
+    if max((x.shape[2] + 64) * max(x.stride(2), width) for x in (q, k, v)) >= 2**31:  # 64: a tile
         return "counts a sample's elements in 32 bits: at most 2 ** 31"
     return None
 
@@ -394,5 +404,5 @@ def attention(q, k, v, mask=None, backend=None):
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, k.shape[2])):
         raise ValueError(f"mask must be bool {(batch, k.shape[2])}, not {mask.dtype} {tuple(mask.shape)}")
     if use_kernel("attention", backend, q.device, kernel_limit(q, k, v)):
-        return attention_forward(q, k, v, mask)[0]
+        return FusedAttention.apply(q, k, v, mask)
     return attention_plain(q, k, v, mask)

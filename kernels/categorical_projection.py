@@ -19,8 +19,9 @@ incoming gradient. In PyTorch the same is about thirty launches, each of which m
 from typing import NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
-from kernels.triton_support import device_limit, jit, target_of, tl, use_kernel
+from kernels.triton_support import device_limit, jit, operator, target_of, tl, use_kernel
 
 
 # ---------------------------------------------------------------- the plain reference
@@ -39,7 +40,7 @@ def project(probs, shift, scale):
     moved = (shift[:, None] + scale[:, None] * atoms).clamp(0, 1) * (num_atoms - 1)  # (B, M), in atoms
     lower = moved.floor().clamp(max=num_atoms - 2)  # the last atom is its neighbour's upper end
     to_upper = probs * (moved - lower)
-    lower = lower.long()
+    lower = lower.long().clamp(0, num_atoms - 2)  # NaN as an index is out of bounds; its mass is NaN
     target = torch.zeros_like(probs).scatter_add(-1, lower, probs - to_upper)
     return target.scatter_add(-1, lower + 1, to_upper)
 
@@ -67,6 +68,13 @@ def bellman_cross_entropy_reference(q_logits, next_probs, shift, scale, returns,
 # ---------------------------------------------------------------- the kernel
 
 
+@jit()
+def clip(x, highest):
+    """x, but at least 0 and at most `highest`. The hardware's max and min would lose a NaN."""
+    x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, highest, propagate_nan=tl.PropagateNan.ALL)
+
+
 @jit("num_atoms")
 def cross_entropy_kernel(
     q_logits_ptr, next_probs_ptr, shift_ptr, scale_ptr, returns_ptr, loss_ptr, gradient_ptr,
@@ -85,11 +93,11 @@ def cross_entropy_kernel(
     for start in range(0, num_atoms, SOURCES):
         j = start + tl.arange(0, SOURCES)
         probs = tl.load(next_probs_ptr + row * num_atoms + j, mask=j < num_atoms, other=0.0)
-        moved = tl.minimum(tl.maximum(shift + scale * j, 0.0), last)
-        hat = tl.maximum(1.0 - tl.abs(moved[:, None] - i[None, :]), 0.0)  # (SOURCES, ATOMS)
+        moved = clip(shift + scale * j, last)
+        hat = clip(1.0 - tl.abs(moved[:, None] - i[None, :]), 1.0)  # (SOURCES, ATOMS)
         bootstrapped += tl.sum(probs[:, None] * hat, 0)
-    returns = tl.minimum(tl.maximum(tl.load(returns_ptr + row), 0.0), 1.0) * last
-    observed = tl.maximum(1.0 - tl.abs(returns - i), 0.0)
+    returns = clip(tl.load(returns_ptr + row), 1.0) * last
+    observed = clip(1.0 - tl.abs(returns - i), 1.0)
     gamma = tl.where(exists, (1.0 - mc_share) * bootstrapped + mc_share * observed, 0.0)
 
     logits = tl.load(q_logits_ptr + row * num_atoms + i, mask=exists, other=float("-inf")).to(tl.float32)
@@ -123,49 +131,45 @@ def padded_atoms(num_atoms):
 # ---------------------------------------------------------------- autograd
 
 
-@torch.library.custom_op("perceiver::bellman_cross_entropy", mutates_args=())
-def fused_cross_entropy(
-    q_logits: torch.Tensor,
-    next_probs: torch.Tensor,
-    shift: torch.Tensor,
-    scale: torch.Tensor,
-    returns: torch.Tensor,
-    mc_share: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss (B,) and its gradient (B, M), in fp32."""
+def outputs(q_logits, *_):
+    """The loss (B,) and its gradient (B, M), in fp32, still empty."""
     batch, num_atoms = q_logits.shape
     loss = q_logits.new_empty(batch, dtype=torch.float32)
-    gradient = q_logits.new_empty(batch, num_atoms, dtype=torch.float32)
+    return loss, q_logits.new_empty(batch, num_atoms, dtype=torch.float32)
+
+
+@operator(
+    "bellman_cross_entropy(Tensor q_logits, Tensor next_probs, Tensor shift, Tensor scale,"
+    " Tensor returns, float mc_share) -> (Tensor, Tensor)",
+    outputs,
+)
+def fused_cross_entropy(q_logits, next_probs, shift, scale, returns, mc_share):
+    batch, num_atoms = q_logits.shape
+    loss, gradient = outputs(q_logits)
     atoms = padded_atoms(num_atoms)
     sources, num_warps, num_stages = LAUNCHES[target_of(q_logits.device)][atoms]
     inputs = [tensor.contiguous() for tensor in (q_logits, next_probs, shift, scale, returns)]
-    cross_entropy_kernel[(batch,)](
-        *inputs, loss, gradient, num_atoms, mc_share,
-        ATOMS=atoms, SOURCES=sources, num_warps=num_warps, num_stages=num_stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(q_logits):
+        cross_entropy_kernel[(batch,)](
+            *inputs, loss, gradient, num_atoms, mc_share,
+            ATOMS=atoms, SOURCES=sources, num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
     return loss, gradient
 
 
-@fused_cross_entropy.register_fake
-def _(q_logits, next_probs, shift, scale, returns, mc_share):
-    batch, num_atoms = q_logits.shape
-    return (
-        q_logits.new_empty(batch, dtype=torch.float32),
-        q_logits.new_empty(batch, num_atoms, dtype=torch.float32),
-    )
+class FusedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q_logits, *target):
+        loss, gradient = fused_cross_entropy(q_logits, *target)
+        ctx.dtype = q_logits.dtype
+        ctx.save_for_backward(gradient)
+        return loss
 
-
-def save_for_backward(ctx, inputs, output):
-    ctx.dtype = inputs[0].dtype
-    ctx.save_for_backward(output[1])
-
-
-def backward(ctx, dloss, _):
-    (gradient,) = ctx.saved_tensors
-    return (dloss[:, None] * gradient).to(ctx.dtype), None, None, None, None, None
-
-
-fused_cross_entropy.register_autograd(backward, setup_context=save_for_backward)
+    @staticmethod
+    @once_differentiable  # a second derivative is refused
+    def backward(ctx, dloss):
+        (gradient,) = ctx.saved_tensors
+        return (dloss[:, None] * gradient).to(ctx.dtype), None, None, None, None, None
 
 
 # ---------------------------------------------------------------- dispatch
@@ -196,5 +200,5 @@ def bellman_cross_entropy(q_logits, next_probs, shift, scale, returns, mc_share,
         raise ValueError(f"shapes {tuple(q_logits.shape)} and {shapes} must be (B, M), (B, M) and (B,) thrice")
     constants = (next_probs, shift, scale, returns)
     if use_kernel("bellman_cross_entropy", backend, q_logits.device, kernel_limit(q_logits, constants)):
-        return fused_cross_entropy(q_logits, *constants, mc_share)[0]
+        return FusedCrossEntropy.apply(q_logits, *constants, mc_share)
     return bellman_cross_entropy_reference(q_logits, *constants, mc_share)

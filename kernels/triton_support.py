@@ -38,6 +38,22 @@ def jit(*unspecialised):
     return triton.jit(do_not_specialize=list(unspecialised))
 
 
+def mend_loop_bounds():
+    """Triton 3.6's interpreter has loop bounds as arrays of one element: no integers to NumPy 2.5."""
+    from triton.runtime import interpreter
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_and_mend
+
+
+if INTERPRETED and triton.__version__ < "3.7":
+    mend_loop_bounds()
+
+
 @jit()
 def product(a, b, total):
     """total + a @ b in fp32, without TF32. The interpreter would multiply bf16 as raw integers."""
@@ -80,8 +96,27 @@ def device_limit(device):
         return "needs the package triton (Linux only)"
     if target_of(device) is None:
         known = ", ".join(dict.fromkeys([*NVIDIA_TARGETS.values(), *AMD_TARGETS.values()]))
+        if device.type == "cuda":
+            return f"is built for {known}, not for {torch.cuda.get_device_name(device)}"
         return f"is built for {known}, not for {device}; TRITON_INTERPRET=1 runs it on a CPU"
     return None
+
+
+def operator(schema, fake):
+    """Register a function as torch.ops.perceiver.NAME, which torch.compile takes whole -> that
+
+    fake: makes empty outputs for the same arguments. Autograd stands outside, in a Function: this
+    way costs the host about half of what torch.library.custom_op does.
+    """
+    name, arguments = schema.split("(", 1)
+
+    def register(function):
+        torch.library.define(f"perceiver::{name}", f"({arguments}")
+        torch.library.impl(f"perceiver::{name}", ("cpu", "cuda"))(function)
+        torch.library.register_fake(f"perceiver::{name}", fake)
+        return getattr(torch.ops.perceiver, name).default
+
+    return register
 
 
 @functools.lru_cache
@@ -99,6 +134,7 @@ def use_kernel(name, backend, device, limit):
     if backend == "triton" and limit:
         raise ValueError(f"{name}: the Triton kernel {limit}")
     if backend is None and limit and device.type == "cuda" and not torch.compiler.is_compiling():
+        name = "kernels" if limit == device_limit(device) else name  # one warning, not one each
         warn_once(f"{name}: using plain PyTorch, since the Triton kernel {limit}")
     wanted = backend == "triton" or (backend is None and device.type == "cuda")
     return wanted and limit is None

@@ -82,12 +82,17 @@ def squared_error():
     """A scalar value, fitted by least squares."""
     two_atoms()
 
-    def loss(logits, next_probs, shift, bootstrap, observed, mc_share):
+    def loss(logits, next_probs, shift, bootstrap, observed, share):
         bootstrapped = (shift + bootstrap * next_probs[:, 1]).clamp(0, 1)
-        target = mc_share * observed + (1 - mc_share) * bootstrapped
+        target = share * observed + (1 - share) * bootstrapped
         return (torch.softmax(logits, dim=-1)[:, 1] - target).square()  # (B,)
 
     learner.bellman_cross_entropy = loss
+
+
+def no_returns_after():
+    """After the warm-up the observed returns have no share in the critic's target."""
+    learner.observed_share = lambda update, warmup_updates, total: float(update < warmup_updates)
 
 
 class Ablation(NamedTuple):
@@ -102,8 +107,7 @@ ABLATIONS = {
     "alpha0": Ablation("no cloning after the warm-up: alpha 0", flags=("--alpha", 0)),
     "never": Ablation(
         "no cloning at all: alpha 0, no warm-up", flags=("--alpha", 0, "--warmup", 0)),
-    "td": Ablation("temporal differences alone after the warm-up: Monte-Carlo share 0",
-                   flags=("--mc-share", 0)),
+    "td": Ablation("temporal differences alone after the warm-up", (no_returns_after,)),
     "logistic": Ablation("a scalar critic, by logistic regression", (two_atoms,)),
     "squared": Ablation(
         "a scalar critic, by squared error; beta 30", (squared_error,), ("--beta", 30)),

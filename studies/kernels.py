@@ -32,6 +32,9 @@ ATTENTION = {  # name: B, H, Lq, Lk, D
 BELLMAN = {"Bellman target": (256, 101)}  # B, M
 DIRECTIONS = ("forward", "backward")
 MC_SHARE = 0.3
+# Operations without a launch; scalar_tensor stays on the host.
+NO_LAUNCH = ("detach", "_unsafe_view", "empty", "empty_like", "new_empty", "new_empty_strided",
+             "scalar_tensor", "prim::device")
 
 
 # ---------------------------------------------------------------- the arithmetic
@@ -48,8 +51,7 @@ class Traffic(TorchDispatchMode):
         leaves = tree_leaves((args, kwargs, out))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         name = function._schema.name.removeprefix("aten::")
-        moves_nothing = name in ("detach", "_unsafe_view", "empty_like", "new_empty_strided")
-        if tensors and not function.is_view and not moves_nothing:
+        if tensors and not function.is_view and name not in NO_LAUNCH:
             self.launches += 1
             self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         return out

@@ -1,4 +1,4 @@
-"""Study 1: five algorithms on the two parts of the default data. And what all studies share.
+"""Study 1: what each ingredient adds, on the parts of the default data. And what all studies share.
 
     python -m studies.ladder                 the runs that are missing, then table and figure
     python -m studies.ladder --part levels   one part's runs only
@@ -210,9 +210,11 @@ def add_choices(parser, name, groups, algos):
 
 # ---------------------------------------------------------------- study 1
 
-ALGOS = ("bc", "filtered_bc", "bc_q", "pacv", "pac")
-OTHER_ACTS = {"bc_q": "improved", "pac": "mean"}  # played too: is it the critic, or the policy?
-SHOWN = ("bc", "filtered_bc", "bc_q", "bc_q-improved", "pacv", "pac-mean", "pac")
+ALGOS = ("bc", "filtered_bc", "rwr", "bc_q", "one_step", "pac_paper", "pacv", "pac")
+# Played too: is it the critic, or the policy?
+OTHER_ACTS = {"bc_q": "improved"}
+# First those that take all of the data alike, then those that choose or weigh it.
+SHOWN = ("bc", "bc_q-improved", "pac_paper", "filtered_bc", "rwr", "one_step", "pacv", "pac")
 
 
 def study1(folder=None):
@@ -244,9 +246,9 @@ def main():
         if methods:
             print(f"\n{part}: mean ± standard deviation over seeds\n")
             print_scores(methods)
-            panels[f"data: {part}"] = {name: points(matrix) for name, matrix in methods.items()}
-    plots.compare(None, SHOWN_ROWS, table.figure, DRAWN, panels)
-    print(f"\nwrote {table.figure}")
+            panels[part] = {name: iqm_interval(matrix) for name, matrix in methods.items()}
+    plots.ladder(panels, SHOWN, table.figure, "IQM of the scores over tasks and seeds, with 95% interval")
+    print(f"wrote {table.figure}")
 
 
 if __name__ == "__main__":

@@ -130,12 +130,12 @@ class PlainLearner(Learner):
     """
     draw = staticmethod(categorical)
 
-    def loss(self, batch, generator, warm=False):
+    def loss(self, batch, generator, share=0.5):
         s, task = self.settings, batch.task
         obs, action = batch.obs[:, 0], batch.action[:, 0]
         worth = 1.0 if batch.worth is None else batch.worth
         alpha = s.alpha if batch.alpha is None else batch.alpha
-        if warm:
+        if share == 1:
             alpha = 1.0
 
         policy = self.model.policy(self.model.encode(obs, task), task)
@@ -151,8 +151,7 @@ class PlainLearner(Learner):
                 logits = self.model.q(self.model.encode(obs, task), action[:, None], task)[:, 0]
                 improve, next_probs = self.improve_on_target(batch, policy, generator)
             observed = self.scale(batch.return_to_go[:, 0], task)
-            mc_share = 1.0 if warm else s.mc_share
-            gamma = bellman_target(next_probs, shift, bootstrap, observed, mc_share)  # (B, M)
+            gamma = bellman_target(next_probs, shift, bootstrap, observed, share)  # (B, M)
             td = -(gamma * torch.log_softmax(logits, dim=-1)).sum(1)  # (B,)
 
         loss = (worth * ((1 - alpha) * improve + alpha * clone) + s.beta * td).mean()
@@ -174,7 +173,7 @@ class PlainLearner(Learner):
         """What the target says of states: actions (B, N, A), and their values' distributions."""
         target = self.target_model
         latents = target.encode(obs, task)
-        policy = target.policy(latents, task).sharpen()
+        policy = target.policy(latents, task)
         actions = self.draw(policy, self.settings.samples, generator)
         return actions, torch.softmax(target.q(latents, actions, task), dim=-1)
 
@@ -345,7 +344,7 @@ def loss_by_fixed_draws(learner, batch):
     noise = learner.noise(batch, torch.Generator().manual_seed(0))[:1]
     noise = noise.expand(2 * len(batch.task), -1, -1)
     learner.draw = lambda policy, *_: policy.sample(noise[:len(batch.task)])
-    return learner.loss(batch, noise, False)[0].item()
+    return learner.loss(batch, noise, 0.5)[0].item()
 
 
 def contender(pipe, name, size, algo, batch_size, folder):

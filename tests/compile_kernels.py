@@ -11,13 +11,14 @@ import re
 import subprocess
 import sys
 import tempfile
+from itertools import product
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import attention, categorical_projection
+from kernels import attention, categorical_projection, task_linear
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -28,28 +29,37 @@ TARGETS = {
 # Arguments whose names end in _ptr, but for the fixed types below.
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 FIXED_TYPES = {
-    "mask_ptr": "*u8",
+    **dict.fromkeys(("mask_ptr", "own_ptr"), "*u8"),
+    "task_ptr": "*i64",
     **dict.fromkeys(("lse_ptr", "loss_ptr", "gradient_ptr"), "*fp32"),
     **dict.fromkeys(("next_probs_ptr", "shift_ptr", "scale_ptr", "returns_ptr"), "*fp32"),
     **dict.fromkeys(("scale", "mc_share"), "fp32"),
 }
-INSTRUCTIONS = ("wgmma.mma", "tcgen05.mma", "mma.sync", "tf32", "v_mfma")
+INSTRUCTIONS = ("wgmma.mma", "tcgen05.mma", "mma.sync", "tf32", "xf32", "v_mfma")
 
 
 def builds(target):
     """(name, kernel, dtype, constants, num_warps, num_stages) of every row of the launch tables."""
     for (name, dtype), rows in attention.LAUNCHES[target].items():
         kernel = attention.KERNELS[name]
-        variants = [{}] if name == "forward" else [{"ONE_PASS": True}, {"ONE_PASS": False}]
+        passes = [{}] if name == "forward" else [{"ONE_PASS": True}, {"ONE_PASS": False}]
         for width, (block_q, block_k, *options) in rows.items():
-            constants = {"HAS_MASK": True, "D": width, "BLOCK_Q": block_q, "BLOCK_K": block_k}
-            for variant in variants:
-                yield f"attention {name}", kernel, dtype, {**constants, **variant}, *options
+            tile = {"D": width, "BLOCK_Q": block_q, "BLOCK_K": block_k}
+            for has_mask, variant in product((True, False), passes):
+                constants = {"HAS_MASK": has_mask, **tile, **variant}
+                yield f"attention {name}", kernel, dtype, constants, *options
     for atoms, (sources, *options) in categorical_projection.LAUNCHES[target].items():
         constants = {"ATOMS": atoms, "SOURCES": sources}
         kernel = categorical_projection.cross_entropy_kernel
         for dtype in (torch.bfloat16, torch.float32):
             yield "bellman_cross_entropy", kernel, dtype, constants, *options
+    for name, tile in task_linear.LAUNCHES[target].items():
+        block_r, block_f, block_o, *options = tile
+        constants = {"DIMS": 23, "SCALES": 3, "WIDTH": 512}  # observations at size small
+        constants |= {"BLOCK_R": block_r, "BLOCK_F": block_f, "BLOCK_O": block_o}
+        for has in (True, False):
+            constants = {**constants, "HAS_STATISTICS": has}
+            yield f"task_linear {name}", task_linear.KERNELS[name], torch.float32, constants, *options
 
 
 def compile_for(target, kernel, dtype, constants, num_warps, num_stages):
@@ -96,6 +106,7 @@ def usage(compiled):
         "stack": stack,
         "shared": compiled.metadata.shared,
         "instructions": [instruction for instruction in INSTRUCTIONS if instruction in text],
+        "loses_nan": "min.f32" in text,  # NVIDIA's min.NaN.f32 keeps it
     }
 
 

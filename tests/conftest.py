@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import data
-import prepare
 from data import FINAL_OBS, TERMINATED
 from model import Perceiver, config_for
 
@@ -109,6 +108,7 @@ def no_fsync(monkeypatch):
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory):
     """Two real tasks, a few episodes each; made once for all tests."""
+    import prepare  # needs gymnasium, which the kernels' tests do not
     folder = tmp_path_factory.mktemp("datasets")
     prepare.build(folder, ["switching"], ["Hopper-v5", "Reacher-v5"], transitions=2_000)
     return folder / "switching"

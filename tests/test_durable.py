@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import data
+import parallel
 import prepare
 import train
 from checkpoint import find_checkpoint, learner_tensors
-from learner import Learner, LossSettings, NonFinite, settings_for
+from learner import POOL, Learner, NonFinite, settings_for
 from tests.conftest import batch, meta, tiny
 from tests.test_checkpoint import in_child, resource
 from tests.test_train import assert_same_end, log, refused, run, tensors
@@ -105,6 +106,7 @@ def test_one_signal_saves_and_two_leave_at_once(small_data, tmp_path, number):
         run(small_data, tmp_path / "once")
 
     def twice():
+        parallel.REPEATED = 0  # seconds
         at_update(13, lambda: [kill(number), kill(number)])
         run(small_data, tmp_path / "twice")
 
@@ -170,7 +172,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(capsys, small
         used = seen[15].obs[first:first + len(rows), 0, :dims]
         assert torch.equal(used, torch.from_numpy(task.rows()[rows, :dims]))
         first += len(rows)
-    assert first == 32 * LossSettings().pool
+    assert first == 32 * POOL
 
 
 @pytest.fixture

@@ -268,6 +268,8 @@ def make_house(root):
     ("train.py --size huge", "invalid choice: 'huge'"),
     ("train.py --steps many", "argument --steps: invalid int value: 'many'"),
     ("eval.py", "the following arguments are required: RUN"),
+    ("plots.py", "the following arguments are required: RUN"),
+    ("-m course.grade iqn", "invalid choice: 'iqn'"),
     ("prepare.py biuld", "invalid choice: 'biuld'"),
 ])
 def test_a_typing_error_is_answered_before_torch_is_imported(line, answer):

@@ -7,9 +7,10 @@ import shutil
 import pytest
 import torch
 
-from data import FINAL_OBS, FLAG, Batch
+import learner as learner_module
+from data import FINAL_OBS, FLAG, TRUNCATED, Batch
 from learner import (ALGORITHMS, Learner, cloning_loss, data_weights, improvement_loss,
-                     improvement_weights, n_step_return, schedule, settings_for)
+                     improvement_weights, n_step_return, observed_share, schedule, settings_for)
 from model import Policy, config_for
 from parallel import flops_per_update
 from studies.ablations import ABLATIONS
@@ -35,7 +36,7 @@ def train(learner, sample, updates):
 
 def loss_of(learner, made):
     """The loss after the warm-up, by fixed draws."""
-    return learner.loss(made, learner.noise(made, seeded()), False)[0]
+    return learner.loss(made, learner.noise(made, seeded()), 0.5)[0]
 
 
 def states(*obs):
@@ -46,7 +47,7 @@ def states(*obs):
 # ---------------------------------------------------------------- settings
 
 def test_unknown_algorithm_lists_the_known():
-    known = "bc, filtered_bc, bc_q, pac, pacv"
+    known = "bc, filtered_bc, rwr, bc_q, one_step, pac_paper, pacv, pac"
     with pytest.raises(ValueError, match=f"unknown algorithm 'dqn'; there are: {known}"):
         settings_for("dqn")
 
@@ -55,6 +56,11 @@ def test_unknown_algorithm_lists_the_known():
 def test_an_old_name_is_refused_with_the_new_one(old, new):
     with pytest.raises(ValueError, match=f"'{old}' is called '{new}' now"):
         settings_for(old)
+
+
+def test_observed_returns_leave_the_target_in_two_steps():
+    shares = [observed_share(update, 50, 100) for update in (0, 49, 50, 74, 75, 100)]
+    assert shares == [1, 1, 0.5, 0.5, 0, 0]
 
 
 def test_the_schedule_rises_and_falls():
@@ -82,6 +88,9 @@ def window(reward, terminated, valid):
 def test_termination_cuts_the_bootstrap_and_truncation_does_not(valid, terminated, reward,
                                                                 bootstrap):
     made = window(valid, terminated, [bool(v) for v in valid])
+    if not all(valid) and not any(terminated):  # as on the disk: the last step says why it was
+        made.rows[0, sum(valid) - 1, FLAG] = TRUNCATED
+        assert made.truncated.any()
     got = n_step_return(made, torch.tensor([0.5]))
     assert [x.item() for x in got] == pytest.approx([reward, bootstrap])
 
@@ -117,19 +126,20 @@ def test_ess_is_the_effective_number_of_the_weighed_actions(monkeypatch):
     made = batch([0.1, -0.4], [0.3, -0.3], [0.0, 1.0])
     w = torch.tensor([[0.25, 0.75], [0.5, 0.5]])
     monkeypatch.setattr("learner.improvement_weights", lambda q, spread, eta: w)
-    _, metrics = learner.loss(made, learner.noise(made, seeded()), False)
+    _, metrics = learner.loss(made, learner.noise(made, seeded()), 0.5)
     assert metrics["policy/ess"].item() == pytest.approx((1.6 + 2) / 2)  # 1 / (1/16 + 9/16) = 1.6
 
 
-def test_worth_weighs_the_policys_terms_alone():
-    learner = make([meta()], warmup=0.0)
+@pytest.mark.parametrize("algo", ["pac", "pacv"])
+def test_worth_weighs_the_policys_terms_alone(algo):
+    learner = make([meta()], algo, warmup=0.0)
     made = batch([0.1, -0.4], [0.3, -0.3], [0.0, 1.0])
 
     def loss(*worth):
         made.worth = torch.tensor(worth)
         return loss_of(learner, made).item()
 
-    critic = learner.loss(made, learner.noise(made, seeded()), False)[1]["critic/loss"].item()
+    critic = learner.loss(made, learner.noise(made, seeded()), 0.5)[1]["critic/loss"].item()
     assert loss(0.0, 0.0) == pytest.approx(critic)
     assert loss(2.0, 0.0) - critic == pytest.approx(2 * (loss(1.0, 0.0) - critic))
     assert loss(1.0, 1.0) - critic == pytest.approx(loss(1.0, 0.0) + loss(0.0, 1.0) - 2 * critic)
@@ -164,8 +174,14 @@ def test_data_weights_by_hand():
     assert data_weights(merit, task, 2, focus=0.0).tolist() == [1.0, 1.0, 1.0]
 
 
+def test_an_outlier_counts_as_two_mean_deviations():
+    merit, task = torch.tensor([0.0] * 9 + [100.0]), torch.zeros(10, dtype=torch.long)
+    w = data_weights(merit, task, 1, focus=math.log(3))  # it is at 5 of them, the others at -5/9
+    assert (w[9] / w[0]).item() == pytest.approx(3 ** (2 + 5 / 9), rel=1e-4)
+
+
 def test_the_chosen_rows_and_their_weights_stand_for_the_data_by_worth():
-    learner = make([meta("a"), meta("b")], focus=2.0, pool=8)
+    learner = make([meta("a"), meta("b")], focus=2.0)
     count, generator = 8 * 4096, seeded()
     observed = torch.rand(count, generator=generator)
     task = torch.arange(count) // (6 * 4096)  # the first task has three quarters
@@ -207,7 +223,7 @@ def test_the_spread_of_q_is_each_tasks_running_average():
 def test_two_state_chain_reaches_its_exact_values(algo):
     """State -1 pays 0 and leads to +1, which pays 1 and leads to itself; discount 0.5: 1 and 2."""
     metas = [meta(discount=0.5, low=0.0, high=2.5)]
-    learner = make(metas, algo, updates=700, warmup=0.0, mc_share=0.0, n_step=1, target_rate=0.05)
+    learner = make(metas, algo, updates=700, warmup=0.0, n_step=1, target_rate=0.05)
 
     def sample(generator):
         obs = torch.randint(0, 2, (64,), generator=generator) * 2.0 - 1
@@ -277,7 +293,7 @@ def two_tasks(algo, size="tiny"):
 
 
 def assert_same_gradient(one, other, made, noise):
-    losses = [learner.loss(made, noise, False)[0] for learner in (one, other)]
+    losses = [learner.loss(made, noise, 0.5)[0] for learner in (one, other)]
     torch.testing.assert_close(*losses)
     for loss in losses:
         loss.backward()
@@ -304,7 +320,8 @@ def test_each_ablation_changes_the_loss_and_trains(name):
     def start():
         learner, made, noise = two_tasks("pac", "small")
         learner.start_at(made)
-        return learner, made, learner.loss(made, noise, False)[0].item()
+        share = learner_module.observed_share(0, 0, 4)
+        return learner, made, learner.loss(made, noise, share)[0].item()
 
     def changed():
         for change in ABLATIONS[name].changes:
@@ -376,6 +393,37 @@ def test_observations_in_other_units_are_the_same_to_the_model():
     torch.testing.assert_close(*latents, atol=1e-4, rtol=1e-4)
     assert latents[0].isfinite().all()
     assert (latents[0][0] - latents[0][3]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("longest, cut", [(1e-3, True), (1e9, False), (0.0, False)])
+def test_a_long_gradient_is_cut(longest, cut):
+    learner = make([meta()], max_grad_norm=longest)
+    norm = learner.update(batch([0.1, 0.2], [0.3, -0.3], [0.0, 1.0]), seeded())["grad_norm"].item()
+    left = torch.stack([p.grad.norm() for p in learner.weights if p.grad is not None]).norm()
+    assert norm > 0.1  # what it was before
+    assert left.item() == pytest.approx(longest if cut else norm, rel=1e-3)
+
+
+def test_the_learning_rate_follows_the_schedule():
+    learner, rates = make([meta()], updates=4, learning_rate=0.01), []
+    for _ in range(4):
+        learner.update(batch([0.1, 0.2], [0.3, -0.3], [0.0, 1.0]), seeded())
+        rates.append(float(learner.optimizer.param_groups[0]["lr"]))
+    assert rates == pytest.approx([0.01 * schedule(update, 4) for update in range(4)])
+    assert rates[3] < 4 * rates[0]  # the cosine has set in
+
+
+def test_a_young_target_forgets_the_random_start():
+    """After one update it is the model, after two their mean: its rate is 1 / updates at first."""
+    learner = make([meta()], target_rate=0.01)
+    made = batch([0.1, 0.2], [0.3, -0.3], [0.0, 1.0])
+    learner.update(made, seeded())
+    first = [p.clone() for p in learner.weights]
+    for target, online in zip(learner.target_weights, first, strict=True):
+        torch.testing.assert_close(target, online)
+    learner.update(made, seeded())
+    for target, one, two in zip(learner.target_weights, first, learner.weights, strict=True):
+        torch.testing.assert_close(target, (one + two) / 2)
 
 
 def test_the_target_lags_and_gets_no_gradient():

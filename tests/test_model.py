@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model import (SIZES, Attention, Perceiver, Policy, Shared, config_for, count_parameters,
-                   for_each_sample, linear_of_task, to_bins)
+                   for_each_sample, to_bins)
 from tests.conftest import meta, tiny
 
 
@@ -31,13 +31,6 @@ def test_padding_changes_nothing(model):
     junk = outputs(model, junk_obs, junk_action, task)
     for one, two in zip(outputs(model, obs, action, task), junk):
         torch.testing.assert_close(one, two)
-
-
-def test_each_sample_goes_through_its_own_tasks_matrix():
-    x, task = torch.randn(5, 3, 4), torch.tensor([2, 0, 2, 0, 0])
-    weight, bias = torch.randn(3, 4, 2), torch.randn(3, 2)
-    by_hand = torch.stack([x[i] @ weight[t] + bias[t] for i, t in enumerate(task)])
-    torch.testing.assert_close(linear_of_task(x, weight, bias, task), by_hand)
 
 
 @pytest.mark.parametrize("tasks", [1, 3])

@@ -242,9 +242,16 @@ def test_the_work_of_a_build_is_divided_into_blocks(part):
         assert 0 < transitions <= collect.BLOCK
         steps[level] = steps.get(level, 0) + transitions
     levels = {level: 50_000 * share for level, share in SHARES.items()}
-    assert steps == ({None: 50_000} if part == "switching" else pytest.approx(levels))
+    assert steps == (pytest.approx(levels) if part == "levels" else {None: 50_000})
     other = [tuple(seed) for *_, seed in collect.jobs_of("Hopper-v5", part, 50_000, SHARES, seed=4)]
     assert not set(seeds) & set(other)
+
+
+def test_beyond_has_no_expert_and_the_others_keep_their_proportions():
+    *_, shares, _ = collect.jobs_of("Hopper-v5", "beyond", 50_000, SHARES, seed=3)[0]
+    assert shares == pytest.approx({"random": 2 / 9, "weak": 4 / 9, "medium": 3 / 9})
+    *_, shares, _ = collect.jobs_of("Hopper-v5", "switching", 50_000, SHARES, seed=3)[0]
+    assert shares == SHARES
 
 
 def test_a_build_is_a_function_of_its_seed(small_data, tmp_path):

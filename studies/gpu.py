@@ -1,0 +1,544 @@
+"""What only a GPU can tell, in one script for the first GPU at hand.
+
+    python -m studies.gpu                      all stages, in under five minutes; then the score
+    python -m studies.gpu --cpu                without a GPU: the numerics alone, interpreted
+    python -m studies.gpu --stages updates     one stage
+
+    numerics    every kernel at the models' own shapes against float64, its outputs NaN before
+    kernels     each kernel against PyTorch's ways: the GPU's time by graph replay, the host's apart
+    updates     whole updates at each size: kernels or plain, eager, compiled or graph, bf16 or fp32
+    score       train.py --size small to its score, where gymnasium and mujoco are installed
+
+A stage is a process of its own and is ended when its time is up. Each result is a JSON line,
+appended at once to gpu.jsonl in $OUT, or in results/. Only torch, triton, numpy, tqdm, safetensors
+and matplotlib are needed. Without a GPU, TRITON_INTERPRET=1 is set for the stage.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+
+import learner as learning
+from data import Batch
+from kernels import triton_support
+from kernels.attention import attention, attention_plain, attention_reference
+from kernels.categorical_projection import bellman_cross_entropy, bellman_cross_entropy_reference
+from kernels.task_linear import task_linear, task_linear_reference
+from learner import Graphs, Learner, settings_for
+from model import SIZES, Scalars, config_for
+from parallel import flops_per_update, memory
+from studies import RESULTS, print_table
+
+SECONDS = {"numerics": 60, "kernels": 80, "updates": 140, "score": 900}  # of each stage
+DIMS = {  # the default tasks: observation scalars, action dimensions, words of the instruction
+    "HalfCheetah": (17, 6, 11), "Hopper": (11, 3, 7), "Walker2d": (17, 6, 7), "Swimmer": (8, 2, 8),
+    "DoublePendulum": (9, 1, 8), "Reacher": (10, 2, 9), "Pusher": (23, 7, 9)}
+TOKENS = 8 + 11  # of an observation: its own, and the words of the longest instruction
+NAN = float("nan")
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+
+
+def say(**row):
+    """Print a result, and append it to gpu.jsonl."""
+    line = json.dumps(row)
+    print(line, flush=True)
+    with open(Path(os.environ.get("OUT", RESULTS)) / "gpu.jsonl", "a") as file:
+        file.write(line + "\n")
+
+
+def reason(error):
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+# ---------------------------------------------------------------- hand-made inputs
+
+def metas():
+    """The default tasks, as a data set would describe them."""
+    found = []
+    for name, (obs_dim, action_dim, words) in DIMS.items():
+        found.append({"name": name, "instruction": " ".join(f"w{i}" for i in range(words)),
+                      "obs_dim": obs_dim, "action_dim": action_dim, "discount": 0.99,
+                      "return_to_go": [0.0, 1.0]})
+    return found
+
+
+def new_learner(size, batch_size, algo="pac", device=DEVICE):
+    """-> a Learner past its warm-up, and a Batch of candidates that is made up"""
+    tasks = metas()
+    settings = settings_for(algo, warmup=0.0)
+    learner = Learner(config_for(size, tasks), settings, tasks, 1000, device)
+    obs_dim, action_dim = [max(meta[name] for meta in tasks) for name in ("obs_dim", "action_dim")]
+    count = batch_size * learner.pool
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(count, settings.n_step + 1, obs_dim + action_dim + 3, generator=generator)
+    rows = rows.clamp(-1, 1)
+    rows[..., -1] = 0  # ordinary steps
+    return learner, Batch(rows, obs_dim, torch.arange(count) % len(tasks)).to(device)
+
+
+class Shape(NamedTuple):
+    """Of one attention in a model."""
+    size: str
+    what: str
+    heads: int
+    queries: int
+    keys: int
+    width: int
+    masked: bool
+
+
+def shapes(sizes):
+    for size in sizes:
+        model = SIZES[size]
+        heads, latents = model["heads"], model["latents"]
+        width = model["width"] // heads
+        for what, queries, keys, masked in (("encoder", latents, TOKENS, True),
+                                            ("latents", latents, latents, False),
+                                            ("policy", 8, latents, False),
+                                            ("one action", 1, latents, False)):
+            yield Shape(size, what, heads, queries, keys, width, masked)
+
+
+def attention_inputs(shape, batch_size, dtype):
+    """q, k and v as a model makes them, views of (B, L, H, D), and a mask, or None."""
+    inputs = []
+    for length in (shape.queries, shape.keys, shape.keys):
+        x = torch.randn(batch_size, length, shape.heads, shape.width, device=DEVICE, dtype=dtype)
+        inputs.append(x.transpose(1, 2).requires_grad_())
+    lengths = torch.randint(9, shape.keys + 1, (batch_size, 1), device=DEVICE) if shape.masked else 0
+    mask = torch.arange(shape.keys, device=DEVICE) < lengths if shape.masked else None
+    return inputs, mask
+
+
+def bellman_inputs(batch_size, atoms=101):
+    """The logits to learn, and the target's parts."""
+    logits = torch.randn(batch_size, atoms, device=DEVICE, requires_grad=True)
+    probs = torch.softmax(torch.randn(batch_size, atoms, device=DEVICE), dim=-1)
+    return logits, [probs, *torch.rand(3, batch_size, device=DEVICE)]
+
+
+def task_inputs(what, size, batch_size):
+    """weight and bias to learn; x and task; the other arguments, of the encoder of a model."""
+    obs = what == "observations"
+    dims = [obs_dim if obs else action_dim for obs_dim, action_dim, _ in DIMS.values()]
+    encoder = Scalars(dims, 8 if obs else 1, SIZES[size]["width"]).to(DEVICE)
+    each = () if obs else (8,)  # actions drawn at a state
+    x = torch.randn(batch_size, *each, max(dims), device=DEVICE)
+    task = torch.randint(len(dims), (batch_size,), device=DEVICE)
+    statistics_of_tasks = (None, None)
+    if obs:
+        statistics_of_tasks = torch.randn(2, len(dims), max(dims), device=DEVICE).exp()
+    tables = (encoder.mask, encoder.scales, *statistics_of_tasks)
+    return [encoder.weight, encoder.bias], (x, task), tables
+
+
+# ---------------------------------------------------------------- numerics
+
+@contextmanager
+def poisoned():
+    """Every new output of a kernel starts as NaN, so that what is not written shows."""
+    new_empty = torch.Tensor.new_empty
+
+    def filled(*args, **kwargs):
+        tensor = new_empty(*args, **kwargs)
+        return tensor.fill_(NAN) if tensor.is_floating_point() else tensor
+
+    torch.Tensor.new_empty = filled
+    try:
+        yield
+    finally:
+        torch.Tensor.new_empty = new_empty
+
+
+def run(function, inputs, seed=0):
+    """The function's value and its gradients, for a fixed incoming gradient."""
+    out = function(*inputs)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(out)
+    return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
+
+
+def worst(results, exacts):
+    """The largest relative error, by norms."""
+    errors = []
+    for result, exact in zip(results, exacts):
+        errors.append((result.double() - exact).norm() / exact.norm().clamp(min=1e-30))
+    return max(float(error) for error in errors)
+
+
+def doubled(tensor):
+    """In float64, if it is of numbers; detached."""
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+        return tensor
+    return tensor.detach().double()
+
+
+def compare(fused, plain, inputs, others, **about):
+    """Say how far a kernel and plain PyTorch are from float64. inputs get gradients, others none."""
+    with poisoned():
+        ours, again = [run(lambda *x: fused(*x, *others), inputs) for _ in range(2)]
+    same = run(lambda *x: plain(*x, *others), inputs)
+    precise = [doubled(x) for x in others]
+    exact = run(lambda *x: plain(*x, *precise), [doubled(x).requires_grad_() for x in inputs])
+    error, plain_error = worst(ours, exact), worst(same, exact)
+    say(stage="numerics", **about, error=error, plain_error=plain_error,
+        ok=error <= 2 * plain_error + 1e-6, same_bits=all(map(torch.equal, ours, again)))
+
+
+def check_nan():
+    """A NaN in any input of the Bellman target has to reach its loss."""
+    for position, what in enumerate(("logits", "next_probs", "shift", "scale", "returns")):
+        logits, target = bellman_inputs(4)
+        inputs = [logits.detach(), *target]
+        inputs[position][1] = NAN
+        loss = bellman_cross_entropy(*inputs, 0.5, backend="triton")
+        say(stage="numerics", kernel="bellman", what=f"NaN in {what}",
+            ok=loss.isnan().tolist() == [False, True, False, False])
+
+
+def numerics():
+    torch.manual_seed(0)
+    sizes = SIZES if GPU else ("tiny", "small", "large")
+    batch_size = 128 if GPU else 2
+
+    def by_task(weight, bias, x, task, *tables):
+        return task_linear(x, task, weight, bias, *tables, backend="triton")
+
+    def by_task_plainly(weight, bias, x, task, *tables):
+        return task_linear_reference(x, task, weight, bias, *tables)
+
+    for what in ("observations", "actions"):
+        learnt, rows, tables = task_inputs(what, "small" if GPU else "tiny", batch_size)
+        compare(by_task, by_task_plainly, learnt, (*rows, *tables), kernel="task_linear", what=what)
+    logits, target = bellman_inputs(batch_size)
+    compare(partial(bellman_cross_entropy, backend="triton"), bellman_cross_entropy_reference,
+            [logits], (*target, 0.5), kernel="bellman", what="loss")
+    check_nan()
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in shapes(sizes):
+            if not GPU:
+                shape = shape._replace(heads=2)
+            inputs, mask = attention_inputs(shape, batch_size if shape.size != "l" else 16, dtype)
+            compare(partial(attention, backend="triton"), attention_reference, inputs, (mask,),
+                    kernel="attention", what=shape.what, size=shape.size, dtype=str(dtype))
+
+
+# ---------------------------------------------------------------- kernels
+
+def graph_us(function, count=20):
+    """Microseconds on the GPU of one call among many in a CUDA graph: the host costs nothing."""
+    learning.aside(function)
+    replay = learning.capture(lambda: [function() for _ in range(count)])
+    times = []
+    for _ in range(10):
+        begin, end = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        begin.record()
+        replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(1e3 * begin.elapsed_time(end) / count)
+    return statistics.median(times)
+
+
+def host_us(function, count=100):
+    """Microseconds that the host needs to launch one call."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(count):
+        function()
+    took = time.perf_counter() - begin
+    torch.cuda.synchronize()
+    return 1e6 * took / count
+
+
+def time_contender(function, inputs, **about):
+    """Say how long a contender takes, forward, and forward and backward; or why it does not run."""
+    row = {"stage": "kernels", **about}
+    try:
+        grad = torch.randn_like(function(*inputs))
+
+        def forward():
+            with torch.no_grad():
+                function(*inputs)
+
+        def both():
+            torch.autograd.grad(function(*inputs), inputs, grad)
+
+        for name, part in (("forward", forward), ("both", both)):
+            row[f"{name}_us"], row[f"{name}_host_us"] = graph_us(part), host_us(part)
+    except Exception as error:  # not every backend takes every shape
+        row["refused"] = reason(error)
+    say(**row)
+
+
+def with_sdpa(backend, mask):
+    attend = None if mask is None else mask[:, None, None, :]
+
+    def attend_by(q, k, v):
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=attend)
+
+    return attend_by
+
+
+def compiled(function):
+    """Compiled for these shapes alone; what was compiled before is forgotten."""
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False)
+
+
+def kernels(batch_size=128):
+    from torch.nn.attention.flex_attention import flex_attention
+    sizes = ("small", "large", "s")
+    cases = []
+    for shape in shapes(sizes):
+        cases.append((shape, *attention_inputs(shape, batch_size, torch.bfloat16)))
+    for shape, inputs, mask in cases:
+        about = {"kernel": "attention", **shape._asdict(), "B": batch_size}
+        ours = partial(attention, mask=mask, backend="triton")
+        time_contender(ours, inputs, **about, contender="ours")
+        plain = partial(attention_plain, mask=mask)
+        time_contender(plain, inputs, **about, contender="sdpa, its choice")
+        for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
+            backend = with_sdpa(getattr(SDPBackend, name), mask)
+            time_contender(backend, inputs, **about, contender=f"sdpa {name.lower()}")
+    for size in sizes:
+        for what in ("observations", "actions"):
+            learnt, rows, tables = task_inputs(what, size, batch_size)
+            about = {"kernel": "task_linear", "size": size, "what": what, "B": batch_size}
+            for contender in ("triton", "plain"):
+                time_contender(lambda *x: task_linear(rows[0], rows[1], *x, *tables,
+                                                      backend=contender),
+                               learnt, **about, contender=contender)
+    logits, target = bellman_inputs(batch_size)
+    about = {"kernel": "bellman", "B": batch_size}
+    for contender in ("triton", "plain"):
+        loss = partial(bellman_cross_entropy, backend=contender)
+        time_contender(lambda x: loss(x, *target, 0.5), [logits], **about, contender=contender)
+    for shape, inputs, mask in cases:  # last, since compiling takes seconds each
+        about = {"kernel": "attention", **shape._asdict(), "B": batch_size}
+        written_out = partial(attention_reference, mask=mask)
+        time_contender(compiled(written_out), inputs, **about, contender="compiled")
+        if mask is None:
+            time_contender(compiled(flex_attention), inputs, **about, contender="flex")
+
+
+# ---------------------------------------------------------------- updates
+
+class Way(NamedTuple):
+    """How an update is made."""
+    kernels: bool = True
+    graph: bool = False
+    compile: bool = False
+    bf16: bool = False
+
+
+WAYS = {
+    "kernels, fp32": Way(),
+    "kernels, fp32, graph": Way(graph=True),
+    "plain, fp32": Way(kernels=False),
+    "plain, fp32, graph": Way(kernels=False, graph=True),
+    "kernels, bf16": Way(bf16=True),
+    "kernels, bf16, graph": Way(graph=True, bf16=True),
+    "plain, bf16, graph": Way(kernels=False, graph=True, bf16=True),
+    "kernels, bf16, compiled": Way(compile=True, bf16=True),
+}
+# In this order, as time may run out.
+ORDER = ([("small", name) for name in WAYS] +
+         [("s", "kernels, bf16, graph"), ("s", "plain, bf16, graph"), ("s", "kernels, bf16")] +
+         [(size, name) for size in ("large", "tiny", "medium", "xxs")
+          for name in ("kernels, fp32, graph", "kernels, bf16, graph", "plain, bf16, graph",
+                       "kernels, bf16")])
+
+
+@contextmanager
+def made(way):
+    """Kernels or none, bf16 or fp32, whatever a model would choose."""
+    find_target, in_bf16 = triton_support.find_target, learning.in_bf16
+    if not way.kernels:
+        triton_support.find_target = lambda device: None
+    learning.in_bf16 = lambda config, device: torch.autocast(device.type, torch.bfloat16,
+                                                             enabled=way.bf16)
+    try:
+        yield
+    finally:
+        triton_support.find_target, learning.in_bf16 = find_target, in_bf16
+
+
+def matrix_rate(dtype, size=8192):
+    """FLOP/s that this GPU reaches in a large product."""
+    a, b = torch.randn(2, size, size, device=DEVICE, dtype=dtype)
+    return 2 * size**3 / (1e-6 * graph_us(lambda: a @ b, count=2))
+
+
+def launched(update):
+    """Launches of an update, and the GPU's milliseconds in them."""
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        update()
+        torch.cuda.synchronize()
+    events = [event for event in found.events() if event.device_time_total > 0]
+    return len(events), sum(event.device_time_total for event in events) / 1e3
+
+
+def time_updates(update, seconds=2):
+    """Seconds of an update, the median of five rounds."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    update()
+    torch.cuda.synchronize()
+    count = max(1, round(seconds / 5 / (time.perf_counter() - begin)))
+    rounds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        for _ in range(count):
+            update()
+        torch.cuda.synchronize()
+        rounds.append((time.perf_counter() - begin) / count)
+    return statistics.median(rounds)
+
+
+def measure_updates(size, way, rates, batch_size):
+    """A row of what updates at a size take, made in a way."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    learner, candidates = new_learner(size, batch_size)
+    generator = torch.Generator(DEVICE)
+    learner.updates = learner.total_updates // 2  # theta' is a lagged average by then
+    updates = Graphs(learner) if way.graph else learner
+    if way.compile:
+        torch._dynamo.reset()
+        learner.compile()
+
+    def update():
+        generator.manual_seed(0)
+        updates.update_from(candidates, generator)
+
+    begin = time.perf_counter()
+    for _ in range(3):
+        update()
+    torch.cuda.synchronize()
+    first = time.perf_counter() - begin
+    seconds = time_updates(update)
+    learner.check({})
+    on_paper = new_learner(size, 1, device="meta")[0]
+    flops = flops_per_update(on_paper, batch_size)
+    launches, busy_ms = launched(update)
+    return {"ms": 1e3 * seconds, "updates_per_s": 1 / seconds, "first_3_s": first,
+            "launches": launches, "busy_ms": busy_ms,
+            "of_matrix_rate": flops / seconds / rates[way.bf16],
+            "GB": torch.cuda.max_memory_allocated() / 1e9,
+            "dry_run_GB": sum(memory(on_paper, batch_size).values()) / 1e9}
+
+
+def updates(batch_size=128):
+    rates = {True: matrix_rate(torch.bfloat16), False: matrix_rate(torch.float32)}
+    say(stage="updates", bf16_TFLOPs=rates[True] / 1e12, fp32_TFLOPs=rates[False] / 1e12)
+    for size, name in ORDER:
+        row = {"stage": "updates", "size": size, "way": name, "B": batch_size}
+        try:
+            with made(WAYS[name]):
+                row |= measure_updates(size, WAYS[name], rates, batch_size)
+        except Exception as error:
+            row["refused"] = reason(error)
+        say(**row)
+
+
+# ---------------------------------------------------------------- the score
+
+def score():
+    missing = [name for name in ("gymnasium", "mujoco") if not importlib.util.find_spec(name)]
+    if missing:
+        say(stage="score", refused=f"not installed: {', '.join(missing)}")
+        return
+    out = Path(os.environ.get("OUT", "runs")) / f"gpu-{int(time.time())}"
+    begin = time.perf_counter()
+    subprocess.run([sys.executable, "train.py", "--size", "small", "--out", out], check=True,
+                   cwd=RESULTS.parent)
+    summary = json.loads((out / "eval.json").read_text())
+    say(stage="score", minutes=(time.perf_counter() - begin) / 60, iqm=summary["iqm"])
+
+
+# ---------------------------------------------------------------- one process a stage
+
+STAGES = {"numerics": numerics, "kernels": kernels, "updates": updates, "score": score}
+
+
+def run_stage(name, on_cpu):
+    """Run a stage in a process of its own, and end it with all that it started when time is up."""
+    begin, environment = time.perf_counter(), dict(os.environ)
+    if on_cpu:
+        environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen([sys.executable, "-m", "studies.gpu", "--stage", name],
+                               cwd=RESULTS.parent, env=environment, start_new_session=True)
+    try:
+        ended = f"exit code {process.wait(None if on_cpu else SECONDS[name])}"
+    except subprocess.TimeoutExpired:
+        ended = "out of time"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    say(stage=name, ended=ended, seconds=time.perf_counter() - begin)
+    return ended == "exit code 0"
+
+
+def print_updates(path, begin):
+    """The table of the updates among the lines that a file has from an offset on."""
+    with open(path) as file:
+        file.seek(begin)
+        rows = [json.loads(line) for line in file]
+    columns = ("size", "way", "updates_per_s", "launches", "busy_ms", "of_matrix_rate", "GB",
+               "dry_run_GB")
+    shown = []
+    for row in rows:
+        if "ms" in row:
+            cells = [row[column] for column in columns]
+            shown.append([cell if isinstance(cell, str) else f"{cell:.3g}" for cell in cells])
+    if shown:
+        print_table(columns, shown)
+    return all(row.get("ok", True) for row in rows)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cpu", action="store_true", help="the numerics alone, interpreted")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)  # in this process
+    args = parser.parse_args()
+    if args.stage:
+        STAGES[args.stage]()
+        return
+    if triton_support.triton is None:
+        sys.exit("studies.gpu needs the package triton (Linux only)")
+    if not GPU and not args.cpu:
+        sys.exit("There is no GPU here; --cpu runs the numerics, interpreted")
+    path = Path(os.environ.get("OUT", RESULTS)) / "gpu.jsonl"
+    begin = path.stat().st_size if path.exists() else 0
+    say(date=str(date.today()), device="cpu, interpreted" if args.cpu else torch.cuda.get_device_name(),
+        torch=torch.__version__, triton=triton_support.triton.__version__,
+        python=sys.version.split()[0])
+    stages = ["numerics"] if args.cpu else args.stages
+    ended = [run_stage(name, args.cpu) for name in stages]
+    sound = print_updates(path, begin)
+    sys.exit(0 if sound and all(ended) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""An update as a GPU would get it: the host waits for nothing and launches little; and as a graph.
+
+No GPU is needed. Fake tensors have shapes and no values, so that whatever asks for a value raises;
+and the kernels are chosen as on a GPU, since their operators take fake tensors too.
+"""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import (DataDependentOutputException, FakeCopyMode,
+                                           FakeTensorMode)
+
+import learner as learning
+from kernels import attention, categorical_projection, task_linear, triton_support
+from learner import Graphs, NonFinite
+from model import computes_in_bf16, config_for
+from studies.gpu import metas, new_learner
+from studies.kernels import Traffic
+
+# What an update of PAC at size `small` launches, the choice of its rows and the optimiser included:
+# 96 matrix products, 45 of LayerNorm and the rest in small steps. Fewer is better.
+LAUNCHES = 491
+
+needs_triton = pytest.mark.skipif(triton_support.triton is None, reason="triton is not installed")
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Whatever a kernel can take, it takes; the optimiser and its clip work on lists of tensors."""
+    monkeypatch.setattr(triton_support, "find_target", lambda device: "sm_90")
+    for module in (attention, categorical_projection, task_linear):
+        monkeypatch.setattr(module, "use_kernel", lambda name, backend, device, limit: not limit)
+    clip = partial(torch.nn.utils.clip_grad_norm_, foreach=True)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+
+
+def faked(mode, size, algo="pac"):
+    """A learner and candidates without values, that behave as on a GPU."""
+    made = new_learner(size, 128, algo, torch.device("cpu"))
+    with FakeCopyMode(mode):
+        learner, candidates = copy.deepcopy(made)
+    learner.waits = False
+    return learner, candidates
+
+
+@needs_triton
+@pytest.mark.parametrize("algo", ["pac", "pacv", "bc"])
+@pytest.mark.parametrize("warm", [True, False])
+def test_the_host_waits_for_nothing_in_an_update(as_on_a_gpu, algo, warm):
+    mode = FakeTensorMode()
+    learner, candidates = faked(mode, "tiny", algo)
+    learner.warmup_updates = 10 * warm
+    with mode:
+        for _ in range(2):
+            metrics = learner.update_from(candidates, torch.Generator())
+        assert learner.updates == 2
+        with pytest.raises(DataDependentOutputException):  # what asks for a value is seen
+            learner.check(metrics)
+
+
+@needs_triton
+def test_an_update_launches_no_more_than_it_did(as_on_a_gpu):
+    mode = FakeTensorMode()
+    learner, candidates = faked(mode, "small")
+    with mode, Traffic() as traffic:
+        learner.update_from(candidates, torch.Generator())
+    assert traffic.launches <= LAUNCHES
+
+
+@pytest.mark.parametrize("size, device, wanted", [
+    ("medium", "cuda", False), ("large", "cuda", True), ("l", "cuda", True), ("l", "cpu", False)])
+def test_large_models_compute_in_bf16_on_a_gpu(size, device, wanted):
+    assert computes_in_bf16(config_for(size, metas()), torch.device(device)) == wanted
+
+
+def test_evaluation_computes_as_training_does(monkeypatch):
+    evaluation = pytest.importorskip("eval")  # it imports gymnasium
+    learner, batch = new_learner("tiny", 1, "bc_q", torch.device("cpu"))
+    obs, task = batch.obs[:, 0], batch.task
+    noise = torch.rand(len(obs), *evaluation.draws(learner.model, "improved"))
+    precise = evaluation.act(learner.model, obs, task, "improved", noise=noise)
+    monkeypatch.setattr("eval.in_bf16", lambda *_: torch.autocast("cpu", torch.bfloat16))
+    rounded = evaluation.act(learner.model, obs, task, "improved", noise=noise)
+    assert not torch.equal(precise, rounded)
+    torch.testing.assert_close(precise, rounded, atol=0.2, rtol=0)
+
+
+# ---------------------------------------------------------------- updates that failed
+
+def test_an_update_that_failed_unseen_changes_nothing_and_is_named_later():
+    learner, candidates = new_learner("tiny", 8, device=torch.device("cpu"))
+    learner.waits, generator = False, torch.Generator()
+    metrics = learner.update_from(candidates, generator)
+    learner.check(metrics)
+    before = copy.deepcopy(learner.model.state_dict()), copy.deepcopy(learner.optimizer.state)
+    broken = candidates.map(torch.clone)
+    broken.rows[:, 0, -3] = float("nan")  # a reward
+    learner.update_from(broken, generator)
+    metrics = learner.update_from(candidates, generator)  # a good one after it
+    after = learner.model.state_dict(), learner.optimizer.state
+    for name, tensor in before[0].items():
+        assert torch.equal(tensor, after[0][name])
+    for state, now in zip(before[1].values(), after[1].values(), strict=True):
+        assert all(torch.equal(state[key], now[key]) for key in state)
+    with pytest.raises(NonFinite, match="update 1: ") as caught:
+        learner.check(metrics)
+    assert caught.value.update == 1
+
+
+# ---------------------------------------------------------------- graphs
+
+def captured(function):
+    """As a CUDA graph would: nothing runs at first; then the same work, to the same places."""
+    places = {}
+
+    def replay():
+        for name, value in function().items():
+            places.setdefault(name, value.clone()).copy_(value)
+        return places
+
+    return replay
+
+
+def test_replayed_updates_are_eager_updates_to_the_bit(monkeypatch):
+    """The logic around a graph: what is copied to it, drawn for it and read from it."""
+    monkeypatch.setattr(learning, "capture", captured)
+    monkeypatch.setattr(learning, "aside", lambda function: function())
+    results = []
+    for wrap in (lambda learner: learner, Graphs):
+        learner, candidates = new_learner("tiny", 8, device=torch.device("cpu"))
+        learner.settings.target_rate = 0.5  # constant from the second update on
+        learner.warmup_updates = 5
+        updates, found = wrap(learner), []
+        for seed in range(10):
+            rows = torch.randn(len(candidates.task), generator=torch.Generator().manual_seed(seed))
+            changed = candidates.take(rows.argsort())
+            metrics = updates.update_from(changed, torch.Generator().manual_seed(seed))
+            found.append({name: value.item() for name, value in metrics.items()})
+        assert learner.updates == 10
+        weights = [*learner.model.state_dict().values(), *learner.target_weights]
+        results.append((found, weights))
+    (eager, weights), (replayed, others) = results
+    assert eager == replayed
+    assert all(map(torch.equal, weights, others))
+    assert len(updates.replays) == 2  # one for the warm-up
