@@ -64,7 +64,7 @@ def vectors(obs, reading, where):
                             "other parts with --obs-keys")
     widths = {name: flatten(obs[name]).shape[1] for name in names}
     said = ", ".join(f"{name} ({width})" for name, width in widths.items())
-    if reading.obs_parts and widths != reading.obs_parts:
+    if reading.obs_parts and [*widths.items()] != [*reading.obs_parts.items()]:  # the order too
         raise DataError(f"{where}: observations of {said}; the environment's are of "
                         f"{', '.join(f'{n} ({w})' for n, w in reading.obs_parts.items())}")
     if not reading.obs_parts:

@@ -294,6 +294,8 @@ def test_parts_of_observations_are_chosen_and_compared_with_the_environments(tmp
     message = r"observations of a \(1\), b \(2\); the environment's are of a \(1\), c \(2\)"
     with pytest.raises(data.DataError, match=message):
         read(path, obs_parts={"a": 1, "c": 2})
+    with pytest.raises(data.DataError, match=r"of b \(2\), a \(1\); the environment's are of a"):
+        read(path, obs_keys=["b", "a"], obs_parts={"a": 1, "b": 2})
     change(path, "data/demo_2/obs/c", np.zeros((4, 8, 8, 3), np.uint8))
     with pytest.raises(data.DataError, match="obs: c are images, .* --obs-keys"):
         read(path)
