@@ -8,8 +8,8 @@
         aside-1/                 after --at: what was newer, a run's folder too
 
 A checkpoint counts when it is renamed to its update's number, which is done last. checkpoint.json
-holds the checksums of its files. What is being written, or deleted, is in checkpoints/.partial. torch's distributed checkpoints are stored as safetensors: no
-pickle is ever read.
+holds the checksums of its files. What is being written, or deleted, is in checkpoints/.partial.
+torch's distributed checkpoints are stored as safetensors: no pickle is ever read.
 """
 
 import json

@@ -107,21 +107,25 @@ def draw_metric(ax, lines, name, label, **style):
 
 
 def draw_scores(ax, lines, evaluation, steps):
-    """The scores along the way, and at the end those of eval.json, if it is there."""
-    names = {name for line in lines for name in line if name.endswith("/score")}
+    """The scores along the way, and at the end those of eval.json, if it is there; the returns if
+    no task has a score."""
+    logged, what = {name for line in lines for name in line}, "score"
+    if not any(name.endswith("/score") for name in logged):
+        what = "return"
+    names = {name for name in logged if name.endswith(f"/{what}")}
     final = json.loads(evaluation.read_text()) if evaluation.exists() else {"tasks": {}}
     steps = int(final.get("checkpoint", steps))  # that it is of
     for number, name in enumerate(sorted(names)):
-        task = name.removeprefix("eval/").removesuffix("/score")
+        task = name.removeprefix("eval/").removesuffix(f"/{what}")
         marker, color = MARKERS[number % len(MARKERS)], plt.cm.tab10(number % 10)
         style = dict(marker=marker, markersize=4, color=color)
         draw_metric(ax, lines, name, task, **style)
         if task in final["tasks"]:
-            ax.plot(steps, final["tasks"][task]["score"], **{**style, "markersize": 7})
+            ax.plot(steps, final["tasks"][task][what], **{**style, "markersize": 7})
     draw_metric(ax, lines, "eval/iqm", "IQM", color="black", linewidth=2.5, marker=".")
     if final.get("iqm") is not None:
         ax.plot(steps, final["iqm"], color="black", marker="*", markersize=12)
-    ax.set_ylabel("normalised score")
+    ax.set_ylabel("normalised score" if what == "score" else what)
 
 
 # ---------------------------------------------------------------- several methods

@@ -68,8 +68,9 @@ class Odd(gymnasium.Env):
     def obs(self):
         obs = np.array([self.start, self.steps / 20, 0.5], np.float32)
         others = {"short": obs[:2], "long": np.append(obs, 7), "nested": obs[None], "text": "left",
-                  "nan observation": obs * np.nan, "list": obs.tolist(), "tensor": torch.tensor(obs),
-                  "float64": obs.astype(np.float64), "big endian": obs.astype(">f4")}
+                  "nan observation": obs * np.nan, "list": obs.tolist(),
+                  "tensor": torch.tensor(obs), "float64": obs.astype(np.float64),
+                  "big endian": obs.astype(">f4")}
         return others.get(self.odd, obs)
 
     def step(self, action):
@@ -273,7 +274,8 @@ def test_so_many_environments_live_at_once_and_no_more(model_and_metas, monkeypa
 def test_recorded_twice_are_other_episodes(trained, oddity, tmp_path):
     oddity("")
     for count in (3, 2):
-        assert score(trained, "--episodes", count, "--tasks", "a", "--record", tmp_path / "new") == 0
+        flags = ["--episodes", count, "--tasks", "a", "--record", tmp_path / "new"]
+        assert score(trained, *flags) == 0
     task = data.Task(tmp_path / "new/a")
     assert len(set(task.episodes["checksum"].tolist())) == 5
 
@@ -339,10 +341,15 @@ def test_the_comparison_is_drawn_and_its_exit_code_is_of_all_runs(trained, oddit
     assert score(tmp_path / "nowhere", tmp_path / "second", "--episodes", 1, "--plot", figure) == 2
 
 
-def test_a_figure_of_runs_without_references_is_of_returns(trained, oddity, tmp_path):
+def test_figures_of_runs_without_references_are_of_returns(trained, oddity, tmp_path,
+                                                            monkeypatch):
     oddity("")
     write(tmp_path / "other/c", None)
-    run(tmp_path / "second", folder=tmp_path / "other")
+    run(tmp_path / "second", "--eval-every", 2, folder=tmp_path / "other")
+    drawn = []
+    monkeypatch.setattr(plots, "draw_metric", lambda ax, lines, name, *_, **__: drawn.append(name))
+    plots.curve(tmp_path / "second")
+    assert "eval/c/return" in drawn
     assert score(tmp_path / "second", "--episodes", 2, "--plot", tmp_path / "figure.png") == 0
     assert (tmp_path / "figure.png").stat().st_size > 5_000
     assert strict(tmp_path / "second/eval.json")["iqm"] is None
