@@ -25,7 +25,7 @@ import sys
 import time
 from contextlib import contextmanager
 from datetime import date
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -303,9 +303,8 @@ def compiled(function):
     return torch.compile(function, dynamic=False)
 
 
-def kernels(batch_size=128):
+def kernels(batch_size=128, sizes=("small", "large", "s")):
     from torch.nn.attention.flex_attention import flex_attention
-    sizes = ("small", "large", "s")
     cases = []
     for shape in shapes(sizes):
         cases.append((shape, *attention_inputs(shape, batch_size, torch.bfloat16)))
@@ -357,14 +356,15 @@ WAYS = {
     "kernels, bf16": Way(bf16=True),
     "kernels, bf16, graph": Way(graph=True, bf16=True),
     "plain, bf16, graph": Way(kernels=False, graph=True, bf16=True),
-    "kernels, bf16, compiled": Way(compile=True, bf16=True),
 }
-# In this order, as time may run out.
+COMPILED = {"kernels, bf16, compiled": Way(compile=True, bf16=True)}
+# In this order, as time may run out: compiling takes a minute.
 ORDER = ([("small", name) for name in WAYS] +
          [("s", "kernels, bf16, graph"), ("s", "plain, bf16, graph"), ("s", "kernels, bf16")] +
          [(size, name) for size in ("large", "tiny", "medium", "xxs")
           for name in ("kernels, fp32, graph", "kernels, bf16, graph", "plain, bf16, graph",
-                       "kernels, bf16")])
+                       "kernels, bf16")] +
+         [("small", name) for name in COMPILED])
 
 
 @contextmanager
@@ -389,10 +389,11 @@ def matrix_rate(dtype, size=8192):
 
 def launched(update):
     """Launches of an update, and the GPU's milliseconds in them."""
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
         update()
         torch.cuda.synchronize()
-    events = [event for event in found.events() if event.device_time_total > 0]
+    on_gpu = torch.autograd.DeviceType.CUDA
+    events = [event for event in found.events() if event.device_type == on_gpu]
     return len(events), sum(event.device_time_total for event in events) / 1e3
 
 
@@ -411,6 +412,14 @@ def time_updates(update, seconds=2):
         torch.cuda.synchronize()
         rounds.append((time.perf_counter() - begin) / count)
     return statistics.median(rounds)
+
+
+@lru_cache
+def on_paper(size, batch_size):
+    """FLOP of an update, and the GB that --dry-run says of it."""
+    learner = new_learner(size, 1, device="meta")[0]
+    return (flops_per_update(learner, batch_size),
+            sum(memory(learner, batch_size).values()) / 1e9)
 
 
 def measure_updates(size, way, rates, batch_size):
@@ -436,24 +445,24 @@ def measure_updates(size, way, rates, batch_size):
     first = time.perf_counter() - begin
     seconds = time_updates(update)
     learner.check({})
-    on_paper = new_learner(size, 1, device="meta")[0]
-    flops = flops_per_update(on_paper, batch_size)
+    flops, dry_run = on_paper(size, batch_size)
     launches, busy_ms = launched(update)
     return {"ms": 1e3 * seconds, "updates_per_s": 1 / seconds, "first_3_s": first,
             "launches": launches, "busy_ms": busy_ms,
             "of_matrix_rate": flops / seconds / rates[way.bf16],
             "GB": torch.cuda.max_memory_allocated() / 1e9,
-            "dry_run_GB": sum(memory(on_paper, batch_size).values()) / 1e9}
+            "dry_run_GB": dry_run}
 
 
-def updates(batch_size=128):
+def updates(batch_size=128, order=ORDER):
     rates = {True: matrix_rate(torch.bfloat16), False: matrix_rate(torch.float32)}
     say(stage="updates", bf16_TFLOPs=rates[True] / 1e12, fp32_TFLOPs=rates[False] / 1e12)
-    for size, name in ORDER:
+    ways = WAYS | COMPILED
+    for size, name in order:
         row = {"stage": "updates", "size": size, "way": name, "B": batch_size}
         try:
-            with made(WAYS[name]):
-                row |= measure_updates(size, WAYS[name], rates, batch_size)
+            with made(ways[name]):
+                row |= measure_updates(size, ways[name], rates, batch_size)
         except Exception as error:
             row["refused"] = reason(error)
         say(**row)

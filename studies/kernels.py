@@ -1,25 +1,19 @@
-"""The Triton kernels against PyTorch's ways to compute the same.
+"""The arithmetic of the Triton kernels: how fast could they be at best?
 
-    python -m studies.kernels    with a GPU: results/bench_kernels.json; without: arithmetic alone
+    python -m studies.kernels    a table
 
-The arithmetic counts what a kernel has to compute and to move, and says how fast an H100 could be
-at best. What is measured, the median of many runs from a cold cache, is compared with what this GPU
-itself reaches on a large product and a large copy.
+What a kernel has to compute and to move says how fast an H100 could be. studies/gpu.py measures.
 """
 
 import argparse
-import json
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels import triton_support
-from kernels.attention import attention, attention_reference
-from kernels.categorical_projection import bellman_cross_entropy, bellman_cross_entropy_reference
-from studies import RESULTS, print_table
+from kernels.attention import attention_reference
+from kernels.categorical_projection import bellman_cross_entropy_reference
+from studies import print_table
 
 H100 = {"flops": 989e12, "bytes": 3.35e12}  # dense bf16 products and memory traffic, per second
 ATTENTION = {  # name: B, H, Lq, Lk, D
@@ -136,126 +130,7 @@ def print_arithmetic(rows):
     print_table(head, shown)
 
 
-# ---------------------------------------------------------------- the measurement
-
-def median_us(function):
-    """Microseconds on the GPU, its cache flushed before each of many runs."""
-    bench = triton_support.triton.testing.do_bench
-    return 1e3 * bench(function, warmup=50, rep=200, return_mode="median")
-
-
-def measured_ceilings(device, size=8192):
-    """What this GPU reaches: a large bf16 product, and a large copy, which reads and writes."""
-    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
-    big = torch.empty(4 * size * size, device=device, dtype=torch.uint8)
-    other = torch.empty_like(big)
-    return {"flops": 2 * size**3 / (1e-6 * median_us(lambda: a @ b)),
-            "bytes": 2 * big.numel() / (1e-6 * median_us(lambda: other.copy_(big)))}
-
-
-def with_sdpa(backend):
-    def attend(q, k, v):
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v)
-
-    return attend
-
-
-def attention_case(device, batch, heads, len_q, len_k, width):
-    """The contenders, by name, and their inputs. There is no mask."""
-    from torch.nn.attention.flex_attention import flex_attention
-    inputs = []
-    for length in (len_q, len_k, len_k):
-        x = torch.randn(batch, length, heads, width, device=device, dtype=torch.bfloat16)
-        inputs.append(x.transpose(1, 2).requires_grad_())
-    contenders = {"triton": lambda *x: attention(*x, backend="triton")}
-    for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
-        contenders[f"sdpa {name.lower()}"] = with_sdpa(getattr(SDPBackend, name))
-    contenders["flex"] = torch.compile(flex_attention)
-    contenders["compiled"] = torch.compile(attention_reference)
-    return contenders, inputs
-
-
-def bellman_case(device, batch, atoms):
-    logits = torch.randn(batch, atoms, device=device, requires_grad=True)
-    target = [torch.softmax(torch.randn(batch, atoms, device=device), dim=-1),
-              *torch.rand(3, batch, device=device)]
-
-    def eager(logits):
-        return bellman_cross_entropy_reference(logits, *target, MC_SHARE)
-
-    def kernel(logits):
-        return bellman_cross_entropy(logits, *target, MC_SHARE, backend="triton")
-
-    return {"triton": kernel, "eager": eager, "compiled": torch.compile(eager)}, [logits]
-
-
-def measure(contender, inputs):
-    """Microseconds forward and backward; or why not, since not every backend takes every shape."""
-    try:
-        out = contender(*inputs)
-        grad = torch.randn_like(out)
-        forward = median_us(lambda: contender(*inputs))
-        backward = median_us(lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True))
-    except Exception as error:
-        return {"refused": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-    return {"forward": forward, "backward": backward}
-
-
-def add_times(row, times, ceilings):
-    """Put into a row of the arithmetic what its contenders took. times: by contender"""
-    direction = row["direction"]
-    row["us"] = {name: time.get(direction) for name, time in times.items()}
-    row["refused"] = {name: time["refused"] for name, time in times.items() if "refused" in time}
-    ours = row["us"]["triton"]
-    if ours:
-        others = {name: us for name, us in row["us"].items() if us and name != "triton"}
-        row["speedup_over"] = {name: us / ours for name, us in others.items()}
-        row["fraction_of_ceiling"] = floor_us(row["flops"], row["fused_bytes"], ceilings) / ours
-
-
-def add_measurements(rows, device):
-    """Measure all shapes -> the ceilings of this GPU"""
-    ceilings, times = measured_ceilings(device), {}
-    cases = {name: attention_case(device, *shape) for name, shape in ATTENTION.items()}
-    cases |= {name: bellman_case(device, *shape) for name, shape in BELLMAN.items()}
-    for name, (contenders, inputs) in cases.items():
-        times[name] = {key: measure(contender, inputs) for key, contender in contenders.items()}
-    for row in rows:
-        add_times(row, times[row["shape"]], ceilings)
-    return ceilings
-
-
-def print_measured(rows, ceilings):
-    flops, moved = ceilings["flops"] / 1e12, ceilings["bytes"] / 1e12
-    print(f"\nmeasured: {flops:.0f} TFLOP/s bf16, {moved:.2f} TB/s\n")
-    shown = []
-    for row in rows:
-        ours, share, others = row["refused"].get("triton"), "", []
-        if ours is None:
-            ours, share = f"{row['us']['triton']:.1f}", f"{row['fraction_of_ceiling']:.0%}"
-            for name, ratio in row["speedup_over"].items():
-                others.append(f"{name} {row['us'][name]:.1f} ({ratio:.2f})")
-        shown.append([row["shape"], row["direction"], ours, share, ", ".join(others)])
-    head = ["shape", "pass", "triton, us", "of the ceiling", "the others, us (times ours)"]
-    print_table(head, shown)
-
-
-def main():
+if __name__ == "__main__":
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    rows = arithmetic()
-    print_arithmetic(rows)
-    if not torch.cuda.is_available() or triton_support.triton is None:
-        print("\nNo GPU with Triton here: this is arithmetic, and nothing has been measured.")
-        return
-    ceilings = add_measurements(rows, torch.device("cuda"))
-    print_measured(rows, ceilings)
-    result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__,
-              "ceilings": ceilings, "rows": rows}
-    (RESULTS / "bench_kernels.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(f"wrote {RESULTS / 'bench_kernels.json'}")
-
-
-if __name__ == "__main__":
-    main()
+    print_arithmetic(arithmetic())

@@ -5,6 +5,7 @@ and the kernels are chosen as on a GPU, since their operators take fake tensors 
 """
 
 import copy
+import json
 from functools import partial
 
 import pytest
@@ -16,6 +17,7 @@ import learner as learning
 from kernels import attention, categorical_projection, task_linear, triton_support
 from learner import Graphs, NonFinite
 from model import computes_in_bf16, config_for
+from studies import gpu
 from studies.gpu import metas, new_learner
 from studies.kernels import Traffic
 
@@ -145,3 +147,57 @@ def test_replayed_updates_are_eager_updates_to_the_bit(monkeypatch):
     assert eager == replayed
     assert all(map(torch.equal, weights, others))
     assert len(updates.replays) == 2  # one for the warm-up
+
+
+def test_a_graph_is_refused_on_a_cpu(tmp_path, capsys):
+    train = pytest.importorskip("train")  # it imports gymnasium
+    with pytest.raises(SystemExit) as ended:
+        train.main(["--graph", "--device", "cpu", "--out", str(tmp_path / "run")])
+    assert ended.value.code == 2
+    assert "--graph is for one GPU" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- the script for a GPU
+
+@pytest.fixture
+def cpu_as_gpu(monkeypatch, tmp_path):
+    """What studies.gpu asks of CUDA, answered by the CPU -> a function that gives its lines"""
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(learning, "capture", captured)
+    monkeypatch.setattr(learning, "aside", lambda function: function())
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    monkeypatch.setattr(gpu, "graph_us", lambda function, count=20: function() is None)
+    monkeypatch.setattr(gpu, "host_us", lambda function, count=100: function() is None)
+    monkeypatch.setattr(gpu, "matrix_rate", lambda dtype: 1e12)
+    monkeypatch.setattr(gpu, "compiled", lambda function: function)
+    monkeypatch.setattr(gpu, "time_updates", partial(gpu.time_updates, seconds=0))
+    return lambda: [json.loads(line) for line in open(tmp_path / "gpu.jsonl")]
+
+
+def test_the_kernels_stage_leaves_a_line_a_contender(cpu_as_gpu):
+    gpu.kernels(2, ("tiny",))
+    lines = cpu_as_gpu()
+    ran = [line for line in lines if "refused" not in line]
+    assert {"sdpa, its choice", "plain", "compiled"} <= {line["contender"] for line in ran}
+    assert all("both_host_us" in line for line in ran)
+    refused = [line["refused"] for line in lines if line["contender"] in ("ours", "triton")]
+    assert len(refused) == 4 + 2 + 1  # here, since this is no GPU
+    assert all("the Triton kernel" in text for text in refused)
+
+
+def test_the_updates_stage_leaves_a_line_a_way(cpu_as_gpu):
+    order = [("tiny", name) for name in gpu.WAYS]
+    gpu.updates(8, order)
+    lines = cpu_as_gpu()[1:]
+    assert [line["way"] for line in lines] == list(gpu.WAYS)
+    for line in lines:
+        assert line["updates_per_s"] > 0 and line["dry_run_GB"] > 0, line
+
+
+def test_a_stage_ends_when_its_time_is_up(cpu_as_gpu, monkeypatch):
+    monkeypatch.setitem(gpu.SECONDS, "updates", 0.1)
+    assert not gpu.run_stage("updates", False)
+    assert cpu_as_gpu()[-1]["ended"] == "out of time"
