@@ -71,13 +71,14 @@ def test_round_trip(tmp_path):
 
 
 def test_what_meta_says_of_the_returns(tmp_path):
-    """Two episodes with rewards 0, 1, 2 and 0. The discount is 0.9."""
-    task = write_task(tmp_path / "a", [3, 1], terminated=True)
-    assert task.meta["return"] == {"mean": 1.5, "std": 1.5, "min": 0.0, "max": 3.0}
+    """Three episodes, with rewards 0; 0, 1, 2; and 0, 1. The discount is 0.9."""
+    task = write_task(tmp_path / "a", [1, 3, 2], terminated=True)
+    found = {"mean": 4 / 3, "std": (14 / 9) ** 0.5, "min": 0.0, "max": 3.0}
+    assert task.meta["return"] == pytest.approx(found)
     low, high = task.meta["return_to_go"]
-    assert low == 0  # the second episode's only reward
-    assert high == pytest.approx(1 + 0.9 * 2)  # at the first episode's second step
-    assert task.rows()[0, RETURN] == pytest.approx(0.9 * 1 + 0.81 * 2)
+    assert low == 0  # the first episode's only reward
+    assert high == pytest.approx(1 + 0.9 * 2)  # at the second episode's second step
+    assert task.rows()[2, RETURN] == pytest.approx(0.9 * 1 + 0.81 * 2)
 
 
 @st.composite

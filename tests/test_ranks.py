@@ -200,6 +200,35 @@ def test_a_rank_has_its_part_of_the_memory(tmp_path, shard):
     assert [code for code, _ in ends] == [0, 0], ends
 
 
+def test_sharded_blocks_are_gathered_in_bf16_where_they_compute_in_it(tmp_path, monkeypatch):
+    """Their shards and gradients stay in float32. A CPU's ranks do so only here."""
+    monkeypatch.setattr(parallel, "computes_in_bf16", lambda *_: True)
+    monkeypatch.setattr("learner.in_bf16", lambda *_: torch.autocast("cpu", torch.bfloat16))
+
+    def norm(self, x):  # in float32, as by a GPU's autocast
+        return torch.layer_norm(x.float(), self.normalized_shape, self.weight.float(),
+                                self.bias.float())
+
+    monkeypatch.setattr(torch.nn.LayerNorm, "forward", norm)
+
+    def one(rank):
+        with parallel.ranks("cpu"):
+            metas, seen = [meta("a", 11, 3)], []
+            learner = Learner(config_for("tiny", metas), settings_for("bc_q"), metas, 100)
+            parallel.join(learner, True)
+            for block in (learner.model.encoder, learner.model.blocks[0]):
+                block.out.register_forward_hook(lambda out, *_: seen.append(out.weight.dtype))
+            metrics = learner.update(steps_of(8), torch.Generator())
+            assert seen == [torch.bfloat16] * 2
+            assert metrics["grad_norm"] > 0
+            for weight in learner.weights:
+                assert weight.dtype == torch.float32
+                assert weight.grad is None or weight.grad.dtype == torch.float32
+
+    ends = on_ranks(tmp_path, one)
+    assert [code for code, _ in ends] == [0, 0], ends
+
+
 def test_memory_is_what_an_update_really_takes():
     metas = [meta("a", 11, 3), meta("b", 17, 6)]
     without_numbers = on_meta("medium", "pac", metas, warmup=0.0)

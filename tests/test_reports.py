@@ -124,13 +124,14 @@ def test_flags_within_an_episode_split_it(monkeypatch, capsys):
      {"wrappers": [["RescaleAction", {"min_action": -1, "max_action": 1}]],
       "max_episode_steps": 40}, 40),
     (lambda: gymnasium.make(ODD, steps=11), {"env_args": {"steps": 11}}, 11),
+    (lambda: gymnasium.make("tests.odd:Wide-v0"), {}, 20),
     (lambda: gymnasium.make("Reacher-v5"), {}, 50),
 ])
 def test_a_minari_sets_environment_is_made_again(made, meta, steps):
     env = made()
     recorded("own/a-v0", env)
-    which = ["--env-id", ODD] if env.spec.id == "Odd-v0" else []  # for a set has no package's name
-    command("import", "minari:own/a-v0", "own", "--task", "a", *which)
+    package = "tests.odd:" if env.spec.entry_point.startswith("tests.odd:") else ""  # not in a set
+    command("import", "minari:own/a-v0", "own", "--task", "a", "--env-id", package + env.spec.id)
     task = data.Task("own/a")
     assert {key: task.meta[key] for key in envs.KEPT if key in task.meta} == meta
     again = envs.make(task.meta)
@@ -347,6 +348,7 @@ def test_actions_in_other_units_are_refused(capsys):
 
 @pytest.mark.parametrize("beyond, count, said", [
     (1.05, 2, "1.7% of the actions lie outside"),  # 2 of 120
+    (-1.05, 1, "0.8% of the actions lie outside"),
     (1.0000001, 120, ""),  # by rounding alone
 ])
 def test_a_few_clipped_actions_are_counted(capsys, beyond, count, said):
@@ -412,10 +414,12 @@ def test_a_column_that_float32_cannot_hold_is_named(capsys):
         clock = 1.7e9 + 10_000 * number + np.arange(21)
         fine = 1e-9 * rng.normal(size=21)
         constant, goal = np.full(21, 1e9), np.full(21, 5e6 + 0.01 * number)
-        return np.stack([constant, clock, fine, goal, np.full(21, 1e9 + 1e4 * number)], axis=1)
+        far = np.full(21, 1e9 + 1e4 * number)
+        now_and_then = 5e6 + np.arange(21) * (10 if number == 0 else 0.01)
+        return np.stack([constant, clock, fine, goal, far, now_and_then], axis=1)
 
     walks(obs=columns)
-    imported(env_id="tests.odd:Five-v0")
+    imported(env_id="tests.odd:Six-v0")
     said = capsys.readouterr().err.splitlines()
     assert [re.search(r"in column (\d) of the observations is too small", line)[1]
             for line in said] == ["1", "3"]
