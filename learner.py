@@ -52,7 +52,7 @@ ALGORITHMS = {
     "filtered_bc": dict(CLONING, top=0.1),
     "rwr": dict(CLONING, focus=5.0),
     "bc_q": dict(alpha=1.0, focus=0.0, act="mean"),
-    "one_step": dict(warmup=1.0),
+    "one_step": dict(alpha=1.0),
     "pac_paper": dict(focus=0.0, alpha=0.5),
     "pacv": dict(critic="v", alpha=0.2, eta=1.0, act="mean"),
     "pac": dict(),
