@@ -453,7 +453,7 @@ class Learner:
 # ---------------------------------------------------------------- updates as CUDA graphs
 
 class Draws:
-    """Uniform numbers at fixed places, handed out in the order in which they were first asked for."""
+    """Uniform numbers at fixed places, handed out in the order of their first use."""
 
     def __init__(self):
         self.places, self.given, self.generator = [], 0, None

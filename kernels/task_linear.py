@@ -3,16 +3,16 @@
 The maths, for a row x (D scalars) of task t:
 
     n     = (x - mean_t) / std_t, or x where there are no statistics; 0 past the task's own scalars
-    f     = (clip(n_1, -10, 10), tanh(c_1 n_1), .., tanh(c_S n_1), clip(n_2, ..), ..)       D (1 + S)
-    y     = f W_t + b_t
+    f     = (clip(n_1, -10, 10), tanh(c_1 n_1), .., tanh(c_S n_1), clip(n_2, ..), ..)
+    y     = f W_t + b_t,        f has D (1 + S) features
     dW_t  = sum over the rows of task t of f^T dy,       db_t = the same sum of dy
 
 A batch has rows of every task, in any order. The kernel takes the rows as they come: y is the sum
-over tasks t of [row is of t] f W_t, so that a tile of rows passes T small products of which all but
-one are of zeros. That is T times the operations, and still few: at size `small` 0.1 GFLOP. In return
-nothing is sorted, nothing is counted, and the host waits for nothing. Features are made in registers,
-forward and backward, so no (B, D (1 + S)) is ever in memory. In PyTorch the same is some forty
-launches, or a product for each task, whose sizes the host must know first.
+over tasks t of [row is of t] f W_t, so that a row passes T small products, all but one of zeros.
+That is T times the operations, and still few: at size `small` 0.1 GFLOP. In return nothing is
+sorted, nothing is counted, and the host waits for nothing. Features are made in registers, forward
+and backward, and are never in memory. In PyTorch the same is some forty launches, or a product for
+each task, whose sizes the host must know first.
 """
 
 from typing import NamedTuple
@@ -91,7 +91,7 @@ def task_linear_reference(x, task, weight, bias, own, scales, mean=None, std=Non
 
 
 # ---------------------------------------------------------------- the kernels
-# Names: r counts rows (a sample has one row, or one for each of its actions), f features, o outputs.
+# Names: r counts rows (a sample has one, or one for each of its actions), f features, o outputs.
 
 
 @jit()
@@ -99,7 +99,7 @@ def load_features(
     x_ptr, own_ptr, scales_ptr, mean_ptr, std_ptr, r, task, f, num_rows,
     HAS_STATISTICS: tl.constexpr, DIMS: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
-    """Features f of rows r. r and task have the shape (.., 1) and f (1, ..), or the other way round."""
+    """Features f of rows r. r and task are of shape (R, 1) and f (1, F), or the other way round."""
     dim, scale = f // (SCALES + 1), f % (SCALES + 1)
     exists = f < DIMS * (SCALES + 1)
     of_task = task * DIMS + dim
@@ -128,7 +128,8 @@ def forward_kernel(
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     there = (r[:, None] < num_rows) & (o[None, :] < WIDTH)
     task = tl.load(task_ptr + r // rows_each, mask=r < num_rows, other=0).to(tl.int32)
-    out = tl.load(bias_ptr + task[:, None] * WIDTH + o[None, :], mask=there, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + task[:, None] * WIDTH + o[None, :], mask=there, other=0.0)
+    out = bias.to(tl.float32)
     for start in range(0, NUM_FEATURES, BLOCK_F):
         f = start + tl.arange(0, BLOCK_F)
         x = load_features(
@@ -297,11 +298,13 @@ def kernel_limit(x, weight, bias):
 def task_linear(x, task, weight, bias, own, scales, mean=None, std=None, backend=None):
     """Each row's features by its task's map; gradients reach weight and bias.
 
-    x: (B, ..., D); task: (B,) int64; weight: (T, D (1 + S), W); bias: (T, W); own: (T, D) bool, True
-    where the task has such a scalar; scales: (S,); mean, std: (T, D), or None. Returns (B, ..., W).
+    x: (B, ..., D); task: (B,) int64; weight: (T, D (1 + S), W); bias: (T, W); own: (T, D) bool,
+    True where the task has such a scalar; scales: (S,); mean, std: (T, D), or None. Returns
+    (B, ..., W).
     backend: as in attention().
     """
-    if weight.shape[:2] != (len(own), own.shape[1] * (1 + len(scales))) or x.shape[-1] != own.shape[1]:
+    tasks, dims = own.shape
+    if weight.shape[:2] != (tasks, dims * (1 + len(scales))) or x.shape[-1] != dims:
         shapes = [tuple(tensor.shape) for tensor in (x, weight, own, scales)]
         raise ValueError(f"shapes of x, weight, own and scales do not match: {shapes}")
     inputs = (x, task, weight, bias, own, scales, mean, std)

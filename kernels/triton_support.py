@@ -50,7 +50,7 @@ def mend_loop_bounds():
     interpreter._patch_lang_tensor = patch_and_mend
 
 
-if INTERPRETED and triton.__version__ < "3.7":
+if INTERPRETED and triton.__version__.startswith("3.6."):
     mend_loop_bounds()
 
 

@@ -122,9 +122,10 @@ def attention_inputs(shape, batch_size, dtype):
     for length in (shape.queries, shape.keys, shape.keys):
         x = torch.randn(batch_size, length, shape.heads, shape.width, device=DEVICE, dtype=dtype)
         inputs.append(x.transpose(1, 2).requires_grad_())
-    lengths = torch.randint(9, shape.keys + 1, (batch_size, 1), device=DEVICE) if shape.masked else 0
-    mask = torch.arange(shape.keys, device=DEVICE) < lengths if shape.masked else None
-    return inputs, mask
+    if not shape.masked:
+        return inputs, None
+    lengths = torch.randint(9, shape.keys + 1, (batch_size, 1), device=DEVICE)
+    return inputs, torch.arange(shape.keys, device=DEVICE) < lengths
 
 
 def bellman_inputs(batch_size, atoms=101):
@@ -183,14 +184,14 @@ def worst(results, exacts):
 
 
 def doubled(tensor):
-    """In float64, if it is of numbers; detached."""
+    """In float64 and detached, if it is a tensor of numbers."""
     if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
         return tensor
     return tensor.detach().double()
 
 
 def compare(fused, plain, inputs, others, **about):
-    """Say how far a kernel and plain PyTorch are from float64. inputs get gradients, others none."""
+    """Say how far a kernel and plain PyTorch are from float64. Only inputs get gradients."""
     with poisoned():
         ours, again = [run(lambda *x: fused(*x, *others), inputs) for _ in range(2)]
     same = run(lambda *x: plain(*x, *others), inputs)
@@ -540,9 +541,9 @@ def main():
         sys.exit("There is no GPU here; --cpu runs the numerics, interpreted")
     path = Path(os.environ.get("OUT", RESULTS)) / "gpu.jsonl"
     begin = path.stat().st_size if path.exists() else 0
-    say(date=str(date.today()), device="cpu, interpreted" if args.cpu else torch.cuda.get_device_name(),
-        torch=torch.__version__, triton=triton_support.triton.__version__,
-        python=sys.version.split()[0])
+    device = "cpu, interpreted" if args.cpu else torch.cuda.get_device_name()
+    say(date=str(date.today()), device=device, torch=torch.__version__,
+        triton=triton_support.triton.__version__, python=sys.version.split()[0])
     stages = ["numerics"] if args.cpu else args.stages
     ended = [run_stage(name, args.cpu) for name in stages]
     sound = print_updates(path, begin)

@@ -216,9 +216,12 @@ def test_sharded_blocks_are_gathered_in_bf16_where_they_compute_in_it(tmp_path, 
             metas, seen = [meta("a", 11, 3)], []
             learner = Learner(config_for("tiny", metas), settings_for("bc_q"), metas, 100)
             parallel.join(learner, True)
+            learner.waits = False  # and the rest of what is otherwise on a GPU
+            learner.optimizer.param_groups[0]["lr"] = torch.tensor(0.0)
             for block in (learner.model.encoder, learner.model.blocks[0]):
                 block.out.register_forward_hook(lambda out, *_: seen.append(out.weight.dtype))
             metrics = learner.update(steps_of(8), torch.Generator())
+            learner.check(metrics)
             assert seen == [torch.bfloat16] * 2
             assert metrics["grad_norm"] > 0
             for weight in learner.weights:
