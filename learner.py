@@ -52,7 +52,7 @@ ALGORITHMS = {
     "filtered_bc": dict(CLONING, top=0.1),
     "rwr": dict(CLONING, focus=5.0),
     "bc_q": dict(alpha=1.0, focus=0.0, act="mean"),
-    "one_step": dict(alpha=1.0),
+    "one_step": dict(warmup=1.0),
     "pac_paper": dict(focus=0.0, alpha=0.5),
     "pacv": dict(critic="v", alpha=0.2, eta=1.0, act="mean"),
     "pac": dict(),
@@ -332,9 +332,22 @@ class Learner:
     def follow_spread(self, q, task):
         """Keep the running average, by task, of Q's spread over a state's actions. q (B, N)"""
         spread = mean_per_task(q.std(1), task, self.num_tasks)
-        old = self.target_model.q_spread[task]
-        new = torch.where(old == 1, spread, torch.lerp(old, spread, 0.01))  # 1: not met before
-        self.target_model.q_spread[task] = new
+        if self.updates > self.warmup_updates:  # before, there is nothing to average with
+            old = self.target_model.q_spread[task]
+            average = torch.lerp(old, spread, 0.01)
+            spread = torch.where(old == 1, spread, average)  # 1: not met before
+        self.target_model.q_spread[task] = spread
+
+    @torch.no_grad()
+    def measure_spread(self, batch):
+        """Measure Q's spread in the warm-up, which draws no actions, before pi_imp is to act.
+
+        Without it pi_imp had equal weights there, and one step of improvement was none.
+        """
+        if self.updates <= self.warmup_updates and self.settings.beta > 0:
+            generator = torch.Generator(self.device).manual_seed(0)
+            part = batch.take(slice(None, None, self.pool))  # with every task's share
+            self.forward(part, self.noise(part, generator), 0.5)
 
     def choose(self, candidates, generator):
         """A Batch of POOL times too many transitions -> one of B, half by chance, half by their

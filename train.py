@@ -446,6 +446,8 @@ def train(config, settings, sources, run, resume=None, at=None):
                 for text in set(warnings_of(line)) - warned:
                     bar.write(f"update {step}: warning: {text}")
                     warned.add(text)
+            if due(config.eval_every, step) or last:
+                learner.measure_spread(candidates)
             if due(config.eval_every, step) and not last:
                 target = parallel.gathered(learner.target_model)
                 if parallel.RANK == 0:

@@ -9,7 +9,7 @@ import torch
 
 import learner as learner_module
 from data import FINAL_OBS, FLAG, TRUNCATED, Batch
-from learner import (ALGORITHMS, Learner, cloning_loss, data_weights, improvement_loss,
+from learner import (ALGORITHMS, POOL, Learner, cloning_loss, data_weights, improvement_loss,
                      improvement_weights, n_step_return, observed_share, schedule, settings_for)
 from model import Policy, config_for
 from parallel import flops_per_update
@@ -206,8 +206,8 @@ def test_without_focus_a_batch_is_left_as_it_is():
 
 
 def test_the_spread_of_q_is_each_tasks_running_average():
-    learner = make([meta("a"), meta("b"), meta("c")])
-    task, root = torch.tensor([0, 0, 1]), 2**0.5
+    learner = make([meta("a"), meta("b"), meta("c")], warmup=0.0)
+    learner.updates, task, root = 1, torch.tensor([0, 0, 1]), 2**0.5
     q = torch.tensor([[0.0, 0.2], [0.0, 0.4], [0.5, 0.5]])  # std: 0.2 / root, 0.4 / root, 0
     learner.follow_spread(q, task)
     first = 0.3 / root
@@ -215,6 +215,17 @@ def test_the_spread_of_q_is_each_tasks_running_average():
     assert learner.target_model.q_spread.tolist() == pytest.approx([first, 0.0, 1.0])
     learner.follow_spread(2 * q, task)
     assert learner.target_model.q_spread.tolist() == pytest.approx([1.01 * first, 0.0, 1.0])
+
+
+def test_the_spread_of_q_is_measured_before_pi_imp_acts_in_the_warm_up():
+    learner = make([meta()], "one_step")
+    train(learner, pull_many, 50)
+    assert learner.target_model.q_spread.tolist() == [1.0]  # the warm-up draws no actions
+    learner.measure_spread(pull_many(seeded()))
+    measured = learner.target_model.q_spread.item()
+    assert 0 < measured < 0.5
+    learner.follow_spread(torch.tensor([[0.0, 2.0]]), torch.tensor([0]))
+    assert learner.target_model.q_spread.item() == pytest.approx(2**0.5)  # not averaged with it
 
 
 # ---------------------------------------------------------------- problems with a known answer
@@ -247,6 +258,11 @@ def pull(generator, count=64):
     """Three pulls in ten are of the arm at +0.5, for a reward of 1; the others of that at -0.5."""
     good = torch.rand(count, generator=generator) < 0.3
     return batch([0.0] * count, torch.where(good, 0.5, -0.5).tolist(), good.float().tolist())
+
+
+def pull_many(generator):
+    """Candidates for a batch of 64."""
+    return pull(generator, POOL * 64)
 
 
 def share_of_the_better_arm(learner):
