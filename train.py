@@ -203,7 +203,8 @@ import prepare
 from checkpoint import (FORMAT, Log, RunError, check_device, checkpoints, find_checkpoint,
                         from_config, read_config, restore, save, set_aside)
 from eval import EPISODES_FAILED, evaluate, full_path, shown, table, write_summary
-from learner import Graphs, Learner, LossSettings, NonFinite, settings_for
+from kernels.graph import Graphs
+from learner import Learner, LossSettings, NonFinite, settings_for
 from model import config_for, count_parameters
 from parallel import over_ranks
 from plots import curve

@@ -34,13 +34,14 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-import learner as learning
+import learner as learner_module
 from data import Batch
-from kernels import triton_support
+from kernels import graph, triton_support
 from kernels.attention import attention, attention_plain, attention_reference
 from kernels.categorical_projection import bellman_cross_entropy, bellman_cross_entropy_reference
+from kernels.graph import Graphs
 from kernels.task_linear import task_linear, task_linear_reference
-from learner import Graphs, Learner, settings_for
+from learner import Learner, settings_for
 from model import SIZES, Scalars, config_for
 from parallel import flops_per_update, memory
 from studies import RESULTS, print_table
@@ -244,8 +245,8 @@ def numerics():
 
 def graph_us(function, count=20):
     """Microseconds on the GPU of one call among many in a CUDA graph: the host costs nothing."""
-    learning.aside(function)
-    replay = learning.capture(lambda: [function() for _ in range(count)])
+    graph.aside(function)
+    replay = graph.capture(lambda: [function() for _ in range(count)])
     times = []
     for _ in range(10):
         begin, end = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
@@ -371,15 +372,15 @@ ORDER = ([("small", name) for name in WAYS] +
 @contextmanager
 def made(way):
     """Kernels or none, bf16 or fp32, whatever a model would choose."""
-    find_target, in_bf16 = triton_support.find_target, learning.in_bf16
+    find_target, in_bf16 = triton_support.find_target, learner_module.in_bf16
     if not way.kernels:
         triton_support.find_target = lambda device: None
-    learning.in_bf16 = lambda config, device: torch.autocast(device.type, torch.bfloat16,
+    learner_module.in_bf16 = lambda config, device: torch.autocast(device.type, torch.bfloat16,
                                                              enabled=way.bf16)
     try:
         yield
     finally:
-        triton_support.find_target, learning.in_bf16 = find_target, in_bf16
+        triton_support.find_target, learner_module.in_bf16 = find_target, in_bf16
 
 
 def matrix_rate(dtype, size=8192):

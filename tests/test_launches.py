@@ -13,9 +13,9 @@ import torch
 from torch._subclasses.fake_tensor import (DataDependentOutputException, FakeCopyMode,
                                            FakeTensorMode)
 
-import learner as learning
-from kernels import attention, categorical_projection, task_linear, triton_support
-from learner import Graphs, NonFinite
+from kernels import attention, categorical_projection, graph, task_linear, triton_support
+from kernels.graph import Graphs
+from learner import NonFinite
 from model import computes_in_bf16, config_for
 from studies import gpu
 from studies.gpu import metas, new_learner
@@ -127,8 +127,8 @@ def captured(function):
 
 def test_replayed_updates_are_eager_updates_to_the_bit(monkeypatch):
     """The logic around a graph: what is copied to it, drawn for it and read from it."""
-    monkeypatch.setattr(learning, "capture", captured)
-    monkeypatch.setattr(learning, "aside", lambda function: function())
+    monkeypatch.setattr(graph, "capture", captured)
+    monkeypatch.setattr(graph, "aside", lambda function: function())
     results = []
     for wrap in (lambda learner: learner, Graphs):
         learner, candidates = new_learner("tiny", 8, device=torch.device("cpu"))
@@ -164,8 +164,8 @@ def test_a_graph_is_refused_on_a_cpu(tmp_path, capsys):
 def cpu_as_gpu(monkeypatch, tmp_path):
     """What studies.gpu asks of CUDA, answered by the CPU -> a function that gives its lines"""
     monkeypatch.setenv("OUT", str(tmp_path))
-    monkeypatch.setattr(learning, "capture", captured)
-    monkeypatch.setattr(learning, "aside", lambda function: function())
+    monkeypatch.setattr(graph, "capture", captured)
+    monkeypatch.setattr(graph, "aside", lambda function: function())
     for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
