@@ -129,14 +129,14 @@ def main():
                 print(time.strftime("%H:%M"), *row.values(), flush=True)
 
     methods = table.methods("method", METHODS)
-    methods |= study1().methods("algo", ("pac",), part="switching")
+    methods |= study1().methods("algo", ("pac_before",), part="switching")
     print_scores(methods)
     if len(methods) > 1:
         *specialists, pac = [matrix.mean(0) for matrix in methods.values()]
         level = (pac >= np.max(specialists, 0) - 0.02).sum()
         print(f"\nPAC: level with the best specialist, or better, on {level} of {len(TASKS)} tasks")
     drawn = {name: points(matrix) for name, matrix in methods.items()}
-    drawn["pac, one model"] = drawn.pop("pac")
+    drawn["pac, one model"] = drawn.pop("pac_before")
     plots.compare(drawn, SHOWN_ROWS, table.figure, DRAWN)
     print(f"wrote {table.figure}")
 
