@@ -250,7 +250,7 @@ class Learner:
         return torch.rand(shape, generator=generator, device=self.device)
 
     def loss(self, batch, noise, share):
-        """The whole loss of a batch -> (loss, metrics). noise: see above; share: `observed_share`"""
+        """The whole loss of a batch -> (loss, metrics). noise: see above; share: observed_share"""
         s, task = self.settings, batch.task
         obs, action = batch.obs[:, 0], batch.action[:, 0]  # (B, O), (B, A)
         worth = 1.0 if batch.worth is None else batch.worth  # (B,)

@@ -400,7 +400,8 @@ def run_info(args):
         meta, returns = task.meta, task.meta["return"]
         print(f"{task.name:<28} {meta['episodes']:>7,} episodes {meta['transitions']:>11,} "
               f"transitions   return {returns['mean']:.0f} ± {returns['std']:.0f}, "
-              f"best {returns['max']:.0f}   obs {meta['obs_dim']}, action {meta['action_dim']}{checked}")
+              f"best {returns['max']:.0f}   obs {meta['obs_dim']}, action {meta['action_dim']}"
+              f"{checked}")
         rest = task.map.size() - meta["rows"] * row_width(meta) * 4
         if rest:
             print(f"  ignored: {rest:,} bytes at the end of rows.bin, of a writer that was killed")

@@ -247,7 +247,7 @@ def main():
             print(f"\n{part}: mean ± standard deviation over seeds\n")
             print_scores(methods)
             panels[part] = {name: iqm_interval(matrix) for name, matrix in methods.items()}
-    plots.ladder(panels, SHOWN, table.figure, "IQM of the scores over tasks and seeds, with 95% interval")
+    plots.ladder(panels, SHOWN, table.figure, "IQM over tasks and seeds, with its 95% interval")
     print(f"wrote {table.figure}")
 
 

@@ -33,7 +33,7 @@ import train
 from checkpoint import checkpoints, find_checkpoint, read_config
 from eval import Play, rollout, summarise
 from learner import ALGORITHMS, LossSettings, settings_for
-from tests.test_checkpoint import in_child, save_as
+from tests.test_checkpoint import in_child
 from tests.test_durable import at_update, kill
 from tests.test_train import log, refused, tensors
 
