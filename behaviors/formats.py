@@ -113,14 +113,14 @@ def read_hdf5(path, reading):
 def read_d4rl(where, file, reading):
     """D4RL's layout: FLAT, and perhaps timeouts and next_observations."""
     count = len(column(file, "rewards", where, 1))
-    obs, action, reward, terminal = (column(file, name, where, ndim, count)
-                                     for name, ndim in zip(FLAT, (2, 2, 1, 1)))
+    obs, action, reward, terminated = (column(file, name, where, ndim, count)
+                                       for name, ndim in zip(FLAT, (2, 2, 1, 1)))
     timeout = next_obs = None
     if "timeouts" in file:
         timeout = column(file, "timeouts", where, 1, count)
     if "next_observations" in file:
         next_obs = column(file, "next_observations", where, 2, count)
-    return episodes_of(obs, next_obs, action, reward, terminal, timeout, reading, where)
+    return episodes_of(obs, next_obs, action, reward, terminated, timeout, reading, where)
 
 
 def read_demo(where, demo, reading):
@@ -135,8 +135,8 @@ def read_demo(where, demo, reading):
             parts[key] = column(demo[name], key, f"{where}/{name}", count=count)[:]
         sides.append(vectors(parts, reading, f"{where}/{name}") if parts else None)
     reward = column(demo, "rewards", where, 1, count)[:] if "rewards" in demo else None
-    done = demo["dones"][:] if "dones" in demo else np.zeros(count)
-    yield from episodes_of(*sides, action, rewards(reward, count, reading, where), done,
+    terminated = demo["dones"][:] if "dones" in demo else np.zeros(count)
+    yield from episodes_of(*sides, action, rewards(reward, count, reading, where), terminated,
                            np.arange(count) == count - 1, reading, where)
 
 

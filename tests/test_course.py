@@ -392,7 +392,7 @@ def test_a_script_becomes_cells():
 def test_the_notebook_runs():
     pytest.importorskip("nbclient")
     cells = notebook.cells_of(notebook.SCRIPT.read_text())
-    done = notebook.executed(notebook.notebook_of(cells), ROOT / "course")
-    pictures = [output for cell in done.cells for output in cell.get("outputs", ())
+    played = notebook.executed(notebook.notebook_of(cells), ROOT / "course")
+    pictures = [output for cell in played.cells for output in cell.get("outputs", ())
                 if "image/png" in output.get("data", ())]
     assert len(pictures) == 6

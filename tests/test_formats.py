@@ -267,9 +267,9 @@ def write_robomimic(path, episodes, next_obs=True):
                 if next_obs:
                     demo[f"next_obs/{name}"] = made.obs[1:, part]
             demo["actions"], demo["rewards"] = made.action, made.reward
-            dones = np.zeros(len(made.reward), int)
-            dones[-1] = made.terminated
-            demo["dones"] = dones
+            ends = np.zeros(len(made.reward), int)
+            ends[-1] = made.terminated
+            demo["dones"] = ends
     return path
 
 

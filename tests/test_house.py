@@ -134,17 +134,17 @@ def leading_nowhere(imports, modules):
 
 def circle(imports):
     """The modules of a circle of imports, in its order; [] if there is none."""
-    done = set()
+    checked = set()
 
     def visit(module, path):
         if module in path:
             return [*path[path.index(module):], module]
-        if module in done or module not in imports:
+        if module in checked or module not in imports:
             return []
         for one in imports[module]:
             if found := visit(one.module, [*path, module]):
                 return found
-        done.add(module)
+        checked.add(module)
         return []
 
     for module in imports:
