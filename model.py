@@ -129,8 +129,8 @@ class Scalars(nn.Module):
     The multi-scale normaliser: a scalar is given as itself and as tanh(c x) for geometric c: so it
     is resolved at some scale [formula ours]. It resolves what lies near 0, so observations are
     standardised first, against the paper's claim that no statistics are needed. Hopper's height,
-    1.25 ± 0.14, is nearly one number to all of tanh(c x): a clone of the expert scored 0.36 with the
-    raw scalars, 0.97 with standardised ones.
+    1.25 ± 0.14, is nearly one number to all of tanh(c x): a clone of the expert scored 0.36 with
+    the raw scalars, 0.97 with standardised ones.
 
     A token for each scalar leaves it to attention, which averages, to form the sums that a
     controller is made of.

@@ -290,3 +290,9 @@ def test_loggers_get_what_metrics_jsonl_gets(small_data, tmp_path, monkeypatch):
     monkeypatch.setitem(LOGGERS, "wandb", lambda run: lambda *line: seen.append(line))
     run(small_data, tmp_path / "run", "--log", "wandb")
     assert seen == [(line.pop("update"), line) for line in log(tmp_path / "run")]
+
+
+def test_one_step_of_improvement_has_weights_at_the_end(new, tmp_path):
+    """It is warm-up to its end. With Q's spread left at 1, pi_imp's weights are equal."""
+    train.main([*map(str, new), "--algo", "one_step", "--steps", "6"])
+    assert (tensors(tmp_path / "run")["target.q_spread"] < 0.5).all()
