@@ -24,7 +24,7 @@ RENDER_SIZE = 256  # pixels, of a video's edge
 VIDEO_FPS = 25
 KEPT = ("env_args", "max_episode_steps", "wrappers")  # of an environment, beside its id
 # Packages that register environments when they are imported, by how the ids begin.
-PACKAGES = {"dm_control/": "shimmy", "Meta-World/": "metaworld",
+PACKAGES = {"dm_control/": "shimmy", "Meta-World/": "metaworld", "HalfCheetahGoal": "behaviors",
             **dict.fromkeys(("PointMaze", "AntMaze", "Fetch", "Hand", "Adroit", "FrankaKitchen"),
                             "gymnasium_robotics")}
 # Wrappers of gymnasium: these change nothing; those have seen data that a new one has not.

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from behaviors import FILE, LEVELS, TASKS, Policy, load, td3
+from behaviors import FILE, LEVELS, TASKS, UNSEEN, Policy, load, td3
 from behaviors.measure import CHOICE_SEED, EPISODES, evaluate, make_env, returns, rollout
 
 # Where a level lies between the random level's return (0) and the expert's (1).
@@ -47,6 +47,7 @@ SETTINGS = {
     "Swimmer-v5": Settings(8, 4, 0.05, 0.02, 300_000, 0),
     # At 50 snapshots this one went from 0.27 of the expert's return to all of it between two of them.
     "InvertedDoublePendulum-v5": Settings(16, 8, 0.03, 0.02, 350_000, 0, 250),
+    "InvertedPendulum-v5": Settings(16, 8, 0.03, 0.02, 60_000, 0, 250),
 }
 
 
@@ -150,15 +151,18 @@ def save(task: str, policies: dict[str, Policy]) -> None:
 def record(task: str, seeds: dict[str, int | str]) -> None:
     """Measure this task's levels as levels.npz holds them, and replace its rows in returns.csv."""
     rows = []
-    for level, figures in returns(task, load(task)).items():
-        algorithm = "uniform" if level == "random" else "ars" if task in SETTINGS else "td3"
-        figures = (f"{figure:.1f}" for figure in figures)
+    policies = load(task)
+    for level, figures in returns(task, policies).items():
+        layers = len(policies[level].layers)
+        algorithm = {0: "uniform", 1: "ars"}.get(layers, "td3")
+        figures = (f"{figure:.2f}" for figure in figures)
         rows.append(dict(zip(COLUMNS, (task, level, EPISODES, *figures, seeds[level], algorithm), strict=True)))
         print(*rows[-1].values(), sep=",")
     with replacing(TABLE) as partial:
         if TABLE.exists():
             rows += [row for row in csv.DictReader(TABLE.read_text().splitlines()) if row["task"] != task]
-        rows.sort(key=lambda row: (TASKS.index(row["task"]), LEVELS.index(row["level"])))
+        tasks = TASKS + UNSEEN
+        rows.sort(key=lambda row: (tasks.index(row["task"]), LEVELS.index(row["level"])))
         with partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
@@ -167,7 +171,7 @@ def record(task: str, seeds: dict[str, int | str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--task", choices=(*TASKS, "InvertedPendulum-v5"), required=True)
     task = parser.parse_args().task
     began = time.monotonic()
     chosen = choose(task)

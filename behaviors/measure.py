@@ -10,7 +10,7 @@ import argparse
 import gymnasium
 import numpy as np
 
-from behaviors import LEVELS, TASKS, Policy, load
+from behaviors import LEVELS, TASKS, UNSEEN, Policy, load
 
 EPISODES = 20
 # Searches draw their episode seeds below the first of these and levels are chosen between the two, so no episode
@@ -55,7 +55,7 @@ def returns(task: str, policies: dict[str, Policy]) -> dict[str, tuple[float, fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--task", choices=TASKS + UNSEEN, required=True)
     task = parser.parse_args().task
     env, policies = make_env(task), load(task)
     scores = returns(task, policies)

@@ -25,7 +25,7 @@ import numpy as np
 
 import plots
 import prepare
-from behaviors import PARTS, TASKS
+from behaviors import PARTS, TASKS, UNSEEN
 from checkpoint import read_config
 from data import write_file
 from eval import interval, iqm
@@ -88,18 +88,18 @@ class Table:
         present = {tuple(row[column] for column in self.key) for row in self.rows()}
         return [job for job in jobs if job not in present]
 
-    def scores(self, **which):
+    def scores(self, tasks=TASKS, **which):
         """(seeds, tasks) of the rows that have these values, without seeds that lack a task."""
         of_seeds = {}
         for row in self.rows():
             if which.items() <= row.items():
                 of_seeds.setdefault(row["seed"], {})[row["task"]] = row["score"]
-        whole = [scores for _, scores in sorted(of_seeds.items()) if len(scores) == len(TASKS)]
-        return np.array([[scores[task] for task in TASKS] for scores in whole])
+        whole = [scores for _, scores in sorted(of_seeds.items()) if len(scores) == len(tasks)]
+        return np.array([[scores[task] for task in tasks] for scores in whole])
 
-    def methods(self, column, names, **which):
+    def methods(self, column, names, tasks=TASKS, **which):
         """name -> its scores, for those of the names that have any."""
-        found = {name: self.scores(**{column: name}, **which) for name in names}
+        found = {name: self.scores(tasks, **{column: name}, **which) for name in names}
         return {name: matrix for name, matrix in found.items() if len(matrix)}
 
 
@@ -126,10 +126,10 @@ def cells(matrix):
     return [*shown, f"**{value:.3f}** [{low:.3f}, {high:.3f}]"]
 
 
-def print_scores(methods):
+def print_scores(methods, tasks=TASKS):
     """A table in markdown. methods: name -> (seeds, tasks)"""
     head = [f"{name}, seeds: {len(matrix)}" for name, matrix in methods.items()]
-    rows = zip([*TASKS, "**IQM**"], *map(cells, methods.values()))
+    rows = zip([*tasks, "**IQM**"], *map(cells, methods.values()))
     print_table(["", *head], rows)
 
 
@@ -215,6 +215,14 @@ ALGOS = ("bc", "filtered_bc", "rwr", "bc_q", "one_step", "pac_paper", "pacv", "p
 OTHER_ACTS = {"bc_q": "improved"}
 # First those that take all of the data alike, then those that choose or weigh it.
 SHOWN = ("bc", "bc_q-improved", "pac_paper", "filtered_bc", "rwr", "one_step", "pacv", "pac")
+# The parts of the default data; and tasks that no choice of the recipe has seen, with data that is
+# made as `switching` is. One of them has a sparse reward.
+DATA = {part: Path("datasets", part) for part in PARTS}
+DATA["unseen"] = Path("datasets/unseen/switching")
+
+
+def tasks_of(part):
+    return UNSEEN if part == "unseen" else TASKS
 
 
 def study1(folder=None):
@@ -224,28 +232,28 @@ def study1(folder=None):
 
 def main():
     parser = new_parser(__doc__)
-    add_choices(parser, "part", PARTS, ALGOS)
+    add_choices(parser, "part", tuple(DATA), ALGOS)
     args = parser.parse_args()
     table = study1(args.folder)
 
     def work(job):
         part, algo, _ = job
-        train(table, job, f"datasets/{part}", args.flags, OTHER_ACTS.get(algo))
+        train(table, job, DATA[part], args.flags, OTHER_ACTS.get(algo))
 
     if not args.table:
         wanted = [(part, algo, seed)
                   for seed in args.seeds for part in args.part for algo in args.algo]
         jobs = table.missing(wanted)
         for part in {part for part, _, _ in jobs}:
-            prepare.build(parts=[part])
+            prepare.build(DATA[part].parent, [DATA[part].name], tasks_of(part))
         at_a_time(args.workers, work, jobs)
 
     panels = {}
-    for part in PARTS:
-        methods = table.methods("algo", SHOWN, part=part)
+    for part in DATA:
+        methods = table.methods("algo", SHOWN, tasks_of(part), part=part)
         if methods:
             print(f"\n{part}: mean ± standard deviation over seeds\n")
-            print_scores(methods)
+            print_scores(methods, tasks_of(part))
             panels[part] = {name: iqm_interval(matrix) for name, matrix in methods.items()}
     plots.ladder(panels, SHOWN, table.figure, "IQM over tasks and seeds, with its 95% interval")
     print(f"wrote {table.figure}")

@@ -8,12 +8,14 @@ import tracemalloc
 import zlib
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 
+import behaviors
 import data
 import prepare
-from behaviors import LEVELS, PARTS, SHARES, TASKS, collect
+from behaviors import LEVELS, PARTS, SHARES, TASKS, collect, goal
 from prepare import merged_metas, new_target, open_sources, open_tasks, verify
 from tests.conftest import numbered, write_task
 
@@ -308,6 +310,34 @@ def test_default_metas_are_those_of_the_data(small_data):
     for expected, meta in zip(merged_metas(open_tasks(small_data)), metas, strict=True):
         for key in ("name", "instruction", *prepare.MUST_AGREE):
             assert meta.get(key) == expected.get(key)
+
+
+def test_a_sparse_task_pays_once():
+    """HalfCheetahGoal-v0: a reward of 1 at the goal, where the episode ends, and 0 before.
+
+    Its id alone is enough, as an evaluation knows no more. Only the expert gets there.
+    """
+    line = "import envs; print(envs.make({'env_id': 'HalfCheetahGoal-v0'}).observation_space.shape)"
+    ran = subprocess.run([sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True)
+    assert ran.stdout == "(18,)\n", ran.stderr
+
+    env, rng = gymnasium.make("HalfCheetahGoal-v0"), np.random.default_rng(0)
+    policies = behaviors.load("HalfCheetahGoal-v0")
+    shares = dict.fromkeys(policies, 0.25)
+    expert = collect.play(env, policies, 0.0, "expert", shares, rng)
+    assert expert.reward.sum() == expert.reward[-1] == 1 and expert.terminated
+    assert expert.obs[-1, 0] >= goal.GOAL > expert.obs[-2, 0]
+    weak = collect.play(env, policies, 0.0, "weak", shares, rng)
+    assert weak.reward.sum() == 0 and not weak.terminated and len(weak.reward) == 150
+
+
+def test_the_goal_task_has_its_source_s_policies():
+    """Its first observation is the position, to which they are blind."""
+    rng, obs = np.random.default_rng(0), np.random.default_rng(1).normal(size=18)
+    source = behaviors.load(goal.SOURCE)
+    for level, policy in behaviors.load(goal.TASK).items():
+        if level != "random":
+            np.testing.assert_allclose(policy(obs, rng), source[level](obs[1:], rng), atol=1e-5)
 
 
 # ---------------------------------------------------------------- in and out
