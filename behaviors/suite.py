@@ -27,6 +27,7 @@ from behaviors.controllers import scripted
 from data import DataError
 
 FOLDER = Path(behaviors.__file__).parent
+POLICIES = FOLDER / "suite.npz"
 PACKAGES = {  # what a domain's environments need: modules, and the line that installs them
     "gymnasium": ((), ""),
     "metaworld": (("metaworld",), "metaworld==3.1.1"),
@@ -43,6 +44,8 @@ class Row(NamedTuple):
     domain: str
     env_id: str
     max_episode_steps: str
+    obs_dim: str
+    action_dim: str
     behavior: str  # levels: of behaviors/levels.npz; scripted; ars or td3: searched for
     success: str
     instruction: str
@@ -110,8 +113,8 @@ def side(task, width):
 
 def searched(task):
     """The policy that was searched for, as a controller."""
-    with np.load(FOLDER / "suite.npz", allow_pickle=False) as arrays:
-        layers, depth = [], 0
+    layers, depth = [], 0
+    with np.load(POLICIES, allow_pickle=False) as arrays:
         while f"{task}/weight{depth}" in arrays:
             pair = (arrays[f"{task}/{kind}{depth}"] for kind in ("weight", "bias"))
             layers.append(tuple(array.astype(np.float64) for array in pair))
