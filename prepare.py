@@ -1,7 +1,7 @@
 """Data sets in and out: made, converted, mixed, described, checked.
 
     python prepare.py build                         the default data, of the policies in behaviors/
-    python prepare.py suite --tasks metaworld:10    tasks of the suite of 132; see behaviors/suite.csv
+    python prepare.py suite --tasks metaworld:10    tasks of a suite of 132: behaviors/suite.csv
     python prepare.py import hopper.hdf5 datasets/own --env-id Hopper-v5
     python prepare.py export datasets/own/Hopper-v5 hopper.hdf5
     python prepare.py mix datasets/both datasets/levels datasets/own --shares 1 0.5

@@ -1,4 +1,4 @@
-"""Controllers that are written down: Meta-World's own, and proportional ones for gymnasium-robotics.
+"""Controllers that are written down: Meta-World's own, and ours for gymnasium-robotics.
 
 A controller takes an observation (O,), as envs.make gives it, and returns an action (A,), which may
 leave [-1, 1].

@@ -38,8 +38,11 @@ NOISE = 0.1  # of every level's actions, in half-widths of the box
 
 
 class Row(NamedTuple):
-    """A row of suite.csv. Empty are: the step limit that an id is registered with, and the key of
-    `info` of a task without a signal of success."""
+    """A row of suite.csv.
+
+    Empty are: the step limit that an id is registered with; the key of `info` of a task without a
+    signal of success; and expert_from of a task with behaviors.LEVELS.
+    """
     task: str
     domain: str
     env_id: str
@@ -47,7 +50,8 @@ class Row(NamedTuple):
     obs_dim: str
     action_dim: str
     behavior: str  # levels: of behaviors/levels.npz; scripted; ars or td3: searched for
-    success: str
+    success: str  # the key in `info`
+    expert_from: str  # the success rate from which a level is an expert; or without one the return
     instruction: str
 
 
@@ -149,6 +153,12 @@ def measured(task):
     return rows
 
 
+def sub_optimal(task):
+    """Whether the best level of a task is no expert: what it reaches is less than expert_from."""
+    row, best = TABLE[task], measured(task)["expert"]
+    return float(best["success"] or best["mean_return"]) < float(row.expert_from)
+
+
 def policies_of(task, env):
     """The four levels, and their noise."""
     if TABLE[task].behavior == "levels":
@@ -179,8 +189,9 @@ def describe(task, discount):
     reference = {level: float(rows[level]["mean_return"]) for level in ("random", "expert")}
     if reference["expert"] <= reference["random"]:  # nothing better was found: returns, no scores
         reference = None
-    return envs.describe(instruction=TABLE[task].instruction, discount=discount,
+    meta = envs.describe(instruction=TABLE[task].instruction, discount=discount,
                          reference=reference, **environment(task))
+    return {**meta, "sub_optimal": True} if sub_optimal(task) else meta
 
 
 def play_block(job):

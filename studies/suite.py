@@ -71,11 +71,12 @@ def show(table):
             if not found:
                 continue
             successes = [success for _, success in found.values() if success is not None]
+            success = f"{np.mean(successes):.0%}" if successes else ""
+            score = np.mean([score for score, _ in found.values()])
             shared = [pac[task][0] - found[task][0] for task in found if task in pac]
             above = sum(difference > 0 for difference in shared)
-            lines.append([algo, len(found), f"{np.mean([score for score, _ in found.values()]):.3f}",
-                          f"{np.mean(successes):.0%}" if successes else "",
-                          f"{above} of {len(shared)}", f"{signed_rank(shared):.2g}"])
+            lines.append([algo, len(found), f"{score:.3f}", success, f"{above} of {len(shared)}",
+                          f"{signed_rank(shared):.2g}"])
         print(f"\n{domain}\n")
         print_table(["algo", "tasks", "mean score", "success", "PAC is above on", "p"], lines)
 

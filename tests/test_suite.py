@@ -45,6 +45,7 @@ def test_each_row_can_be_used():
         assert (row.behavior == "levels") == (row.task in behaviors.TASKS), row.task
         assert row.success in ("", "success", "is_success"), row.task
         assert int(row.obs_dim) > 0 < int(row.action_dim), row.task
+        assert (row.behavior == "levels") or float(row.expert_from) > 0, row.task
 
 
 @pytest.mark.parametrize("texts, count, first, last", [
@@ -198,10 +199,18 @@ def test_a_task_of_the_default_data_is_the_same_in_the_suite(tmp_path):
     assert one.meta == two.meta
 
 
-def test_a_level_that_is_not_above_random_gives_no_scores(monkeypatch):
-    rows = {level: {"mean_return": "3"} for level in LEVELS}
+@pytest.mark.parametrize("random, best, reference, sub_optimal", [
+    ("3", "3", None, True),  # nothing better than random was found: there are no scores
+    ("3", "400", {"random": 3, "expert": 400}, True),
+    ("3", "960", {"random": 3, "expert": 960}, None),
+])
+def test_what_is_no_expert_is_marked(monkeypatch, random, best, reference, sub_optimal):
+    rows = {level: {"mean_return": best, "success": ""} for level in LEVELS}
+    rows["random"] = {"mean_return": random}
     monkeypatch.setattr(suite, "measured", lambda task: rows)
-    assert suite.describe("InvertedPendulum-v5", 0.99)["reference"] is None
+    meta = suite.describe("InvertedPendulum-v5", 0.99)
+    assert meta["reference"] == reference
+    assert meta.get("sub_optimal") == sub_optimal
 
 
 def test_metaworld_s_goals_come_from_the_seed():
@@ -219,8 +228,6 @@ def test_metaworld_is_built_and_its_script_succeeds(tmp_path):
     prepare.main(["suite", *flags, str(tmp_path)])
     task = Task(tmp_path / "switching/metaworld-reach")
     prepare.verify([task])
-    row = suite.TABLE["metaworld-reach"]
-    assert (task.meta["obs_dim"], task.meta["action_dim"]) == (int(row.obs_dim), int(row.action_dim))
     env = envs.make(task.meta)
     policies, _ = suite.policies_of("metaworld-reach", env)
     obs, _ = env.reset(seed=0)
@@ -230,6 +237,7 @@ def test_metaworld_is_built_and_its_script_succeeds(tmp_path):
 
 
 @pytest.mark.parametrize("task, package", [
+    ("metaworld-reach", "metaworld"),
     ("dm-humanoid_CMU-run", "shimmy"),
     ("FetchPushDense-v4", "gymnasium_robotics"),
 ])
