@@ -1,6 +1,7 @@
 """Data sets in and out: made, converted, mixed, described, checked.
 
     python prepare.py build                         the default data, of the policies in behaviors/
+    python prepare.py suite --tasks metaworld:10    tasks of a suite of 132: behaviors/suite.csv
     python prepare.py import hopper.hdf5 datasets/own --env-id Hopper-v5
     python prepare.py export datasets/own/Hopper-v5 hopper.hdf5
     python prepare.py mix datasets/both datasets/levels datasets/own --shares 1 0.5
@@ -16,7 +17,7 @@ import json
 import sys
 from pathlib import Path
 
-from behaviors import PARTS, SHARES, TASKS, TRANSITIONS
+from behaviors import PARTS, SHARES, SUITES, TASKS, TRANSITIONS
 
 DATASETS = Path("datasets")
 DEFAULT_SETS = {DATASETS: TRANSITIONS, DATASETS / "tiny": 20_000}  # transitions a task and part
@@ -44,15 +45,26 @@ def parse_args(argv=None):
 
     build = commands.add_parser("build", help="make the default data set (what is missing of it)")
     build.add_argument("--out", type=Path, default=DATASETS, help="folder (default: %(default)s)")
-    build.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     build.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, metavar="TASK")
-    build.add_argument("--transitions", type=natural, default=TRANSITIONS,
-                       help="a task and part (default: %(default)s)")
-    build.add_argument("--shares", type=float, nargs=len(SHARES), default=list(SHARES.values()),
-                       metavar="SHARE", help=f"of {', '.join(SHARES)} (default: %(default)s)")
-    build.add_argument("--discount", type=float, default=0.99,
-                       help="of the returns to go (default: %(default)s)")
-    build.add_argument("--seed", type=natural, default=0)
+
+    suite = commands.add_parser("suite", help="make a suite of tasks of several domains")
+    suite.add_argument("--name", choices=SUITES, default=SUITES[0],
+                       help="of the suite (default: %(default)s)")
+    suite.add_argument("--out", type=Path, help="folder (default: datasets/NAME)")
+    suite.add_argument("--tasks", nargs="+", metavar="TASKS", help="tasks or domains, such as "
+                       "metaworld, or metaworld:10 for the first 10 (default: all)")
+
+    for made, transitions, parts in (build, TRANSITIONS, PARTS), (suite, 20_000, PARTS[:1]):
+        made.add_argument("--part", nargs="+", choices=PARTS, default=parts,
+                          help="default: %(default)s")
+        made.add_argument("--transitions", type=natural, default=transitions,
+                          help="a task and part (default: %(default)s)")
+        made.add_argument("--shares", type=float, nargs=len(SHARES), metavar="SHARE",
+                          default=list(SHARES.values()),
+                          help=f"of {', '.join(SHARES)} (default: %(default)s)")
+        made.add_argument("--discount", type=float, default=0.99,
+                          help="of the returns to go (default: %(default)s)")
+        made.add_argument("--seed", type=natural, default=0)
 
     read = commands.add_parser("import", help="make a task of a data set in another format")
     add = read.add_argument
@@ -107,7 +119,7 @@ from contextlib import contextmanager, suppress
 import numpy as np
 
 import envs
-from behaviors import INSTRUCTIONS, collect, formats
+from behaviors import INSTRUCTIONS, collect, formats, suite
 from behaviors.imports import describe_import, report
 from behaviors.steps import Reading
 from data import RETURN, DataError, Task, append, notice, only_writer, progress, row_width
@@ -292,20 +304,24 @@ def build_default(folder, names=None):
 
 
 def build(folder=DATASETS, parts=PARTS, tasks=TASKS, transitions=TRANSITIONS, shares=SHARES, seed=0,
-          discount=0.99):
-    """Make the missing tasks of the default data set: folder/part/task, a function of the seed."""
+          discount=0.99, source=collect):
+    """Make the missing tasks of a data set: folder/part/task, a function of the seed.
+
+    source: what describes the tasks and plays them, `collect` for the default data
+    """
     wanted = [(part, task) for part in parts for task in tasks]
     wanted = [pair for pair in wanted if not Path(folder, *pair).exists()]
     if not wanted:
         return
-    metas = {task: envs.describe(task, INSTRUCTIONS[task], discount, collect.reference(task))
-             for task in tasks}
+    described = dict.fromkeys(task for _, task in wanted)
+    described = progress(described, unit="task", desc="environments", delay=2, leave=False)
+    metas = {task: source.describe(task, discount) for task in described}
     total = len(wanted) * transitions
     bar = progress(total=total, unit="step", unit_scale=True, desc="data")
     with collect.processes() as pool, bar:
 
         def episodes(jobs):
-            for block in pool.imap(collect.play_block, jobs):
+            for block in pool.imap(source.play_block, jobs):
                 for episode in block:
                     bar.update(min(len(episode.reward), total - bar.n))  # the last ones are longer
                     yield episode
@@ -322,15 +338,23 @@ def build(folder=DATASETS, parts=PARTS, tasks=TASKS, transitions=TRANSITIONS, sh
 # ---------------------------------------------------------------- the commands
 
 
-def run_build(args):
+def run_build(args, source=collect):
     if not (min(args.shares) >= 0 and abs(sum(args.shares) - 1) <= 1e-6):
         raise DataError(f"--shares {args.shares}: they add up to {sum(args.shares)}, not 1, or one "
                         "is negative")
     if not args.transitions:
         raise DataError("--transitions 0: there would be no data")
     shares = dict(zip(SHARES, args.shares))
-    build(args.out, args.part, args.tasks, args.transitions, shares, args.seed, args.discount)
+    build(args.out, args.part, args.tasks, args.transitions, shares, args.seed, args.discount,
+          source)
     print(f"the data is in {', '.join(str(args.out / part) for part in args.part)}")
+
+
+def run_suite(args):
+    args.tasks = suite.chosen(args.tasks)
+    suite.need(args.tasks)
+    args.out = args.out or DATASETS / args.name
+    run_build(args, suite)
 
 
 def run_import(args):
@@ -407,8 +431,8 @@ def run_info(args):
             print(f"  ignored: {rest:,} bytes at the end of rows.bin, of a writer that was killed")
 
 
-COMMANDS = {"build": run_build, "import": run_import, "export": run_export, "mix": run_mix,
-            "info": run_info, "verify": run_info}
+COMMANDS = {"build": run_build, "suite": run_suite, "import": run_import, "export": run_export,
+            "mix": run_mix, "info": run_info, "verify": run_info}
 
 
 def main(argv=None, args=None):

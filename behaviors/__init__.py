@@ -54,6 +54,7 @@ INSTRUCTIONS = {  # the task description that the model reads
 SHARES = {"random": 0.2, "weak": 0.4, "medium": 0.3, "expert": 0.1}
 PARTS = ("switching", "levels", "beyond")
 TRANSITIONS = 300_000  # a task and part
+SUITES = ("132",)  # what `python prepare.py suite` can make, see behaviors.suite
 FILE = Path(__file__).with_name("levels.npz")
 
 gymnasium.register("HalfCheetahGoal-v0", "behaviors.goal:HalfCheetahGoal", max_episode_steps=150)

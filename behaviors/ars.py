@@ -52,10 +52,15 @@ SETTINGS = {
 
 
 def search(task: str, seed: int) -> Iterator[tuple[int, Policy]]:
-    """Yield (environment steps so far, policy) about `snapshots` times in one ARS V2-t search."""
-    n, best, nu, alpha, budget, _, snapshots = SETTINGS[task]
+    """`climb` on one of the tasks of SETTINGS."""
     # The survival bonus (1 a step) pays for standing still, where the search stays; levels are judged with it.
     env = make_env(task, **({"healthy_reward": 0.0} if task in ("Hopper-v5", "Walker2d-v5") else {}))
+    return climb(env, SETTINGS[task], seed)
+
+
+def climb(env, settings: Settings, seed: int) -> Iterator[tuple[int, Policy]]:
+    """Yield (environment steps so far, policy) about `snapshots` times in one ARS V2-t search."""
+    n, best, nu, alpha, budget, _, snapshots = settings
     low, high = env.action_space.low, env.action_space.high
     rng = np.random.default_rng(seed)
     weight = np.zeros((env.observation_space.shape[0], low.size))  # (O, A)

@@ -10,7 +10,8 @@ import gymnasium
 import numpy as np
 
 import behaviors
-from behaviors import PARTS
+import envs
+from behaviors import INSTRUCTIONS, PARTS
 from data import Episode
 
 BLOCK = 10_000  # transitions made by one worker at a time
@@ -38,11 +39,16 @@ def play(env, policies, noise, level, shares, rng):
 
 
 def play_block(job):
-    """A list of episodes; job = (env_id, level, transitions, shares, seed)."""
-    env_id, level, transitions, shares, seed = job
-    rng = np.random.default_rng(seed)
+    """A list of episodes; job as of `jobs_of`"""
+    env_id = job[0]
     env = gymnasium.make(env_id, disable_env_checker=True)
-    policies, noise = behaviors.load(env_id), behaviors.ACTION_NOISE[env_id]
+    return play_some(env, behaviors.load(env_id), behaviors.ACTION_NOISE[env_id], job)
+
+
+def play_some(env, policies, noise, job):
+    """A list of episodes, of as many transitions as the job asks for, or a few more."""
+    _, level, transitions, shares, seed = job
+    rng = np.random.default_rng(seed)
     episodes, count = [], 0
     while count < transitions:
         episodes.append(play(env, policies, noise, level, shares, rng))
@@ -51,8 +57,10 @@ def play_block(job):
 
 
 def jobs_of(task, part, transitions, shares, seed):
-    """What play_block is asked for. `beyond` is `switching` without the expert: the other levels
-    keep their proportions."""
+    """What play_block is asked for: tuples (task, level, transitions, shares, seed).
+
+    `beyond` is `switching` without the expert: the other levels keep their proportions.
+    """
     if part == "beyond":
         rest = 1 - shares["expert"]
         shares = {level: shares[level] / rest for level in shares if level != "expert"}
@@ -74,6 +82,11 @@ def processes():
     # Ctrl-C is the parent's to answer: without it, the others end.
     return multiprocessing.get_context("spawn").Pool(min(cores, 8), signal.signal,
                                                      (signal.SIGINT, signal.SIG_IGN))
+
+
+def describe(task, discount):
+    """The meta of a task of the default data before its first episode."""
+    return envs.describe(task, INSTRUCTIONS[task], discount, reference(task))
 
 
 def reference(env_id):

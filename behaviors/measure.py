@@ -16,6 +16,7 @@ EPISODES = 20
 # Searches draw their episode seeds below the first of these and levels are chosen between the two, so no episode
 # serves two purposes. It matters: one expert picked from its search's own curve scored 88 instead of 435.
 CHOICE_SEED, REPORT_SEED = 1_000_000, 2_000_000
+LONGEST = 10_000  # steps of an episode, where an environment registers no limit
 NOISES = (0.02, 0.05, 0.1, 0.2, 0.3)
 
 
@@ -28,11 +29,11 @@ def rollout(env, policy: Policy, rng: np.random.Generator, seed: int, noise: flo
     """One episode: its undiscounted return and the observations acted on (T, O)."""
     obs, _ = env.reset(seed=seed)
     seen, total = [], 0.0
-    for _ in range(gymnasium.spec(env.spec.id).max_episode_steps):
+    for _ in range(gymnasium.spec(env.spec.id).max_episode_steps or LONGEST):
         seen.append(obs)
-        obs, reward, terminated, _, _ = env.step(policy(obs, rng, noise))
+        obs, reward, terminated, truncated, _ = env.step(policy(obs, rng, noise))
         total += reward
-        if terminated:
+        if terminated or truncated:
             break
     return total, np.array(seen)
 

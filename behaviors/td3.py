@@ -30,6 +30,7 @@ class Settings(NamedTuple):
     smooth: float = 0.2  # noise on the target's actions, cut at `smooth_cut`
     smooth_cut: float = 0.5
     delay: int = 2  # critic updates per actor update
+    every: int = 1  # steps per critic update
     polyak: float = 0.005
 
 
@@ -62,13 +63,18 @@ def fold(actor: nn.Sequential, mean: Tensor, std: Tensor, low: np.ndarray, high:
 
 
 def search(task: str, seed: int) -> Iterator[tuple[int, Policy]]:
-    """Yield (environment steps so far, policy) at intervals of a twentieth of the updates made, in one TD3 run."""
-    s = SETTINGS[task]
+    """`learn` on one of the tasks of SETTINGS."""
+    return learn(make_env(task), SETTINGS[task], gymnasium.spec(task).max_episode_steps, seed)
+
+
+def learn(env, s: Settings, limit: int, seed: int) -> Iterator[tuple[int, Policy]]:
+    """Yield (environment steps so far, policy) at intervals of a twentieth of the updates made, in one TD3 run.
+
+    limit: steps of an episode at most
+    """
     torch.manual_seed(seed)
     torch.set_num_threads(1)
     rng = np.random.default_rng(seed)
-    env = make_env(task)
-    limit = gymnasium.spec(task).max_episode_steps
     low, high = env.action_space.low, env.action_space.high
     n_obs, n_action = env.observation_space.shape[0], low.size
 
@@ -78,39 +84,39 @@ def search(task: str, seed: int) -> Iterator[tuple[int, Policy]]:
     actor_optimiser = torch.optim.Adam(actor.parameters(), s.learning_rate, fused=True)
     critic_optimiser = torch.optim.Adam(critics.parameters(), s.learning_rate, fused=True)
 
-    # One row a transition: obs, action in [-1, 1], reward, next_obs.
-    buffer = torch.zeros(s.steps, 2 * n_obs + n_action + 1)
+    # One row a transition: obs, action in [-1, 1], reward, next_obs, terminated.
+    buffer = torch.zeros(s.steps, 2 * n_obs + n_action + 2)
     policy = Policy(low, high)  # uniform until the warm-up ends
-    due = 10
+    due, length = 10, 0
     obs, _ = env.reset(seed=int(rng.integers(CHOICE_SEED)))
     for step in range(s.steps):
         action = policy(obs, rng, s.explore)
-        next_obs, reward, terminated, _, _ = env.step(action)
-        assert not terminated, "the target below always bootstraps: neither task ends before its time limit"
+        next_obs, reward, terminated, truncated, _ = env.step(action)
         unit = 2 * (action - low) / (high - low) - 1
-        buffer[step] = torch.from_numpy(np.concatenate((obs, unit, [reward], next_obs)))
-        obs = next_obs
-        if (step + 1) % limit == 0:
+        buffer[step] = torch.from_numpy(np.concatenate((obs, unit, [reward], next_obs, [terminated])))
+        obs, length = next_obs, length + 1
+        if terminated or truncated or length == limit:
             obs, _ = env.reset(seed=int(rng.integers(CHOICE_SEED)))
-        if step + 1 < s.warmup:
+            length = 0
+        if step + 1 < s.warmup or (step + 1 - s.warmup) % s.every:
             continue
         if step + 1 == s.warmup:
             std, mean = torch.std_mean(buffer[: s.warmup, :n_obs], 0)
             std[std < 1e-4] = torch.inf  # Pusher's goal never moves
 
         rows = buffer[torch.from_numpy(rng.integers(step + 1, size=s.batch))]
-        seen, taken, rewards, after = rows.split((n_obs, n_action, 1, n_obs), -1)
+        seen, taken, rewards, after, ended = rows.split((n_obs, n_action, 1, n_obs, 1), -1)
         seen, after, rewards = (seen - mean) / std, (after - mean) / std, rewards.squeeze(-1)
         # y = r + discount * min_i Q'_i(s', pi'(s') + cut noise)
         with torch.no_grad():
             jitter = (s.smooth * torch.randn_like(taken)).clamp(-s.smooth_cut, s.smooth_cut)
             next_action = (target_actor(after) + jitter).clamp(-1, 1)
-            goal = rewards + s.discount * target_critics(after, next_action).amin(0)  # (B,)
+            goal = rewards + s.discount * (1 - ended[:, 0]) * target_critics(after, next_action).amin(0)  # (B,)
         critic_loss = F.mse_loss(critics(seen, taken), goal.expand(2, -1), reduction="sum") / s.batch
         critic_optimiser.zero_grad()
         critic_loss.backward()
         critic_optimiser.step()
-        if step % s.delay == 0:
+        if step // s.every % s.delay == 0:
             actor_loss = -critics(seen, actor(seen))[0].mean()
             actor_optimiser.zero_grad()
             actor_loss.backward()

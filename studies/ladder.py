@@ -169,7 +169,8 @@ def rows_of(summary, table, job, **more):
     columns = dict(zip(table.key, job), episodes=summary["episodes"], iqm=round(summary["iqm"], 4))
     rows = []
     for task, row in summary["tasks"].items():
-        rows.append({**columns, **more, "task": task, "score": round(row["score"], 4)})
+        rows.append({**columns, **more, "task": task, "score": round(row["score"], 4),
+                     "success": row.get("success", "")})
     return rows
 
 

@@ -1,0 +1,125 @@
+"""How fast one robot acts: a step of the policy, from an observation to an action, on a CPU.
+
+    python -m studies.latency                             a table, and results/latency.json
+    python -m studies.latency --sizes tiny small --compile no
+
+A model of the seven default tasks, with the weights it begins with, at a batch of 1 and on one
+thread. `improved` draws 64 actions and weighs them by Q, `mean` asks the policy alone. Compiled:
+the whole of `eval.act` by torch.compile, once it has been warmed up. Times are of the CPU, so that
+other work on the machine matters less. A robot at 20 Hz has 50 ms for a step: a size keeps up if 95
+of 100 steps are within that.
+
+On an H100 by arithmetic, `improved` and eager: each launch at 5 µs, which is our guess, and the
+bytes that it moves at 3.35 TB/s.
+"""
+
+import argparse
+import json
+import platform
+import time
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import write_file
+from eval import act, draws
+from model import SIZES, Perceiver, config_for, count_parameters
+from prepare import default_metas
+from studies import RESULTS, print_table
+from studies.kernels import H100, Traffic
+
+HERTZ = 20
+WAYS = ("improved", "mean")
+LAUNCH_MS = 5e-3  # on a GPU [a guess]
+WARM_UP = 5  # steps
+ENOUGH = 4  # sizes that need so many times a step's time are the last that are tried
+
+
+def timed(step, seconds):
+    """The CPU time in milliseconds of each of as many steps as fit."""
+    for _ in range(WARM_UP):
+        step()
+    times, end = [], time.process_time() + seconds
+    while len(times) < 10 or time.process_time() < end:
+        began = time.process_time()
+        step()
+        times.append(1000 * (time.process_time() - began))
+    return times
+
+
+def one_robot(model, how):
+    """A function that acts once, from an observation in numpy to an action in numpy."""
+    rng = np.random.default_rng(0)
+    obs = rng.standard_normal((1, model.obs_mean.shape[1]), np.float32)
+    task = torch.zeros(1, dtype=torch.int64)
+
+    def step(function=act):
+        noise = torch.from_numpy(rng.random((1, *draws(model, how)), np.float32))
+        return function(model, torch.from_numpy(obs), task, how, noise=noise).numpy()
+
+    return step
+
+
+def on_h100(step):
+    """What a step would take on a GPU, in ms."""
+    with Traffic() as traffic:
+        step()
+    found = traffic.launches * LAUNCH_MS + 1000 * traffic.bytes / H100["bytes"]
+    return {"launches": traffic.launches, "h100_ms": round(found, 2)}
+
+
+def measure(size, compiles, seconds):
+    """Rows of one size."""
+    model, rows = Perceiver(config_for(size, default_metas())).eval(), []
+    for how in WAYS:
+        step = one_robot(model, how)
+        ways = {"eager": step}
+        if compiles:
+            torch._dynamo.config.capture_scalar_outputs = True  # as Learner.compile
+            function = torch.compile(act, dynamic=False)
+            ways["compiled"] = lambda: step(function)
+        for name, step_of in ways.items():
+            times = timed(step_of, seconds)
+            middle, late = np.percentile(times, [50, 95])
+            rows.append({"size": size, "parameters": count_parameters(model), "act": how,
+                         "how": name, "steps": len(times), "median_ms": round(middle, 2),
+                         "p95_ms": round(late, 2), "keeps_up": bool(late <= 1000 / HERTZ)})
+            print(*rows[-1].values(), flush=True)
+    rows[0] |= on_h100(one_robot(model, WAYS[0]))
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--compile", choices=("yes", "no"), default="yes")
+    parser.add_argument("--seconds", type=float, default=3.0,
+                        help="of CPU time a measurement (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "latency.json")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for size in args.sizes:
+        rows += measure(size, args.compile == "yes", args.seconds)
+        if min(row["median_ms"] for row in rows if row["size"] == size) > ENOUGH * 1000 / HERTZ:
+            break
+    written = {"command": "python -m studies.latency", "date": str(date.today()),
+               "machine": platform.processor() or platform.machine(), "threads": 1, "batch": 1,
+               "torch": torch.__version__, "hertz": HERTZ, "rows": rows}
+    write_file(args.out, json.dumps(written, indent=1) + "\n")
+    shown = {}
+    for row in rows:
+        cell = f"{row['median_ms']:.3g} ({row['p95_ms']:.3g})"
+        shown.setdefault((row["size"], row["parameters"]), []).append(cell)
+    kinds = list(dict.fromkeys(f"{row['act']}, {row['how']}" for row in rows))
+    print_table(["size", "parameters", *kinds],
+                [[size, f"{count:,}", *cells] for (size, count), cells in shown.items()])
+    able = [row["size"] for row in rows if row["act"] == "improved" and row["keeps_up"]]
+    print(f"the largest that acts at {HERTZ} Hz: {able[-1] if able else 'none'}; wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""One model on many tasks of the suite: how often is PAC above cloning, and what do its maps cost?
+
+    python -m studies.suite --tasks metaworld:10     the runs that are missing, then the table
+    python -m studies.suite --table                  no runs: what results/suite.csv says
+    python -m studies.suite --cost                   parameters, memory and speed by number of tasks
+
+A group of tasks, such as metaworld:10, is one data set and one model. What stands behind `--` is
+for train.py. `prepare.py suite` makes the data that is not there.
+"""
+
+import math
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import prepare
+from behaviors import suite
+from data import FINAL_OBS, FLAG, Batch
+from learner import Learner, settings_for
+from model import config_for, count_parameters
+from studies import print_table
+from studies.ladder import Table, at_a_time, new_parser, train
+
+ALGOS = ("bc", "filtered_bc", "rwr", "pac")
+COLUMNS = ("domain", "task", "algo", "seed", "episodes", "score", "success")
+DATA = Path("datasets/132")
+EPISODES = 10
+UPDATES = 4  # that are timed
+
+
+# ---------------------------------------------------------------- statistics
+
+def signed_rank(differences):
+    """Wilcoxon's signed-rank test, two-sided, by the normal approximation: the p-value.
+
+    differences: one for each task; zeros are left out, equal sizes share their ranks
+    """
+    differences = np.array([x for x in differences if x != 0])
+    count = len(differences)
+    if count == 0:
+        return 1.0
+    sizes = np.abs(differences)
+    below = (sizes[:, None] > sizes).sum(1)
+    ranks = below + ((sizes[:, None] == sizes).sum(1) + 1) / 2
+    total = ranks[differences > 0].sum()
+    spread = math.sqrt((ranks**2).sum() / 4)
+    return math.erfc(abs(total - ranks.sum() / 2) / spread / math.sqrt(2))
+
+
+def by_task(rows, algo):
+    """{task: (mean score, mean success or None)} over seeds"""
+    found = {}
+    for task in dict.fromkeys(row["task"] for row in rows):
+        mine = [row for row in rows if row["task"] == task and row["algo"] == algo]
+        if mine:
+            successes = [float(row["success"]) for row in mine if row["success"] != ""]
+            success = np.mean(successes) if successes else None
+            found[task] = np.mean([row["score"] for row in mine]), success
+    return found
+
+
+def show(table):
+    for domain in dict.fromkeys(row["domain"] for row in table.rows()):
+        rows = [row for row in table.rows() if row["domain"] == domain]
+        scores = {algo: by_task(rows, algo) for algo in ALGOS}
+        pac, lines = scores["pac"], []
+        for algo, found in scores.items():
+            if not found:
+                continue
+            successes = [success for _, success in found.values() if success is not None]
+            success = f"{np.mean(successes):.0%}" if successes else ""
+            score = np.mean([score for score, _ in found.values()])
+            shared = [pac[task][0] - found[task][0] for task in found if task in pac]
+            above = sum(difference > 0 for difference in shared)
+            lines.append([algo, len(found), f"{score:.3f}", success, f"{above} of {len(shared)}",
+                          f"{signed_rank(shared):.2g}"])
+        print(f"\n{domain}\n")
+        print_table(["algo", "tasks", "mean score", "success", "PAC is above on", "p"], lines)
+
+
+# ---------------------------------------------------------------- what the maps cost
+
+def metas_of(names):
+    """What the model must know of these tasks; no environment is made."""
+    metas = []
+    for name in names:
+        row = suite.TABLE[name]
+        metas.append({"name": name, "instruction": row.instruction, "obs_dim": int(row.obs_dim),
+                      "action_dim": int(row.action_dim), "discount": 0.99,
+                      "return_to_go": [0.0, 1.0]})
+    return metas
+
+
+def random_batch(metas, size):
+    """A Batch of one-step windows of these tasks, all numbers random."""
+    obs_dim = max(meta["obs_dim"] for meta in metas)
+    width = obs_dim + max(meta["action_dim"] for meta in metas) + 3
+    rows = torch.rand(size, 4, width)
+    rows[:, :, FLAG] = 0
+    rows[:, -1, FLAG] = FINAL_OBS
+    return Batch(rows, obs_dim, torch.arange(size) * len(metas) // size)
+
+
+def cost(texts, size, algo="pac"):
+    """A line of the table: a model of these tasks, and a few updates of it."""
+    metas = metas_of(suite.chosen(texts))
+    learner = Learner(config_for(size, metas), settings_for(algo, warmup=0.0), metas, 100, "cpu")
+    encoders = (learner.model.obs_encoder, learner.model.action_encoder)
+    maps = sum(encoder.weight.numel() + encoder.bias.numel() for encoder in encoders)
+    own = sum(int(encoder.mask.sum()) * encoder.weight[0].numel() // encoder.mask.shape[1]
+              + encoder.bias.numel() for encoder in encoders)
+    batch, generator = random_batch(metas, 128 * learner.pool), torch.Generator().manual_seed(0)
+    learner.update_from(batch, generator)
+    began = time.process_time()
+    for _ in range(UPDATES):
+        learner.update_from(batch, generator)
+    seconds = (time.process_time() - began) / UPDATES
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # GB, of the process so far
+    return [" ".join(texts), len(metas), size, f"{count_parameters(learner.model) / 1e6:.2f}M",
+            f"{maps / 1e6:.2f}M", f"{own / 1e6:.2f}M", f"{1 / seconds:.2g}", f"{memory:.1f}"]
+
+
+def print_cost(sizes):
+    torch.set_num_threads(1)
+    head = ["tasks", "count", "size", "parameters", "maps", "maps of own widths",
+            "updates a CPU-second", "peak memory, GB"]
+    groups = (["metaworld:10"], ["metaworld"], ["dm_control"], list(suite.PACKAGES))
+    print_table(head, [cost(texts, size) for size in sizes for texts in groups])
+
+
+# ---------------------------------------------------------------- the runs
+
+def main():
+    parser = new_parser(__doc__)
+    parser.add_argument("--tasks", nargs="+", default=["metaworld:10"], metavar="GROUP",
+                        help="each one a data set and a model (default: metaworld:10)")
+    parser.add_argument("--algo", nargs="+", choices=ALGOS, default=ALGOS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0,))
+    parser.add_argument("--transitions", type=int, default=20_000, help="a task, of new data")
+    parser.add_argument("--cost", nargs="*", metavar="SIZE", help="what the maps cost, by size")
+    parser.add_argument("flags", nargs="*", help="of train.py, behind a --")
+    args = parser.parse_args()
+    if args.cost is not None:
+        print_cost(args.cost or ["small"])
+        return
+    table = Table("suite", COLUMNS, ("domain", "algo", "seed"), args.folder)
+
+    def work(job):
+        flags = ["--tasks", *suite.chosen([job[0]]), "--episodes", EPISODES, *args.flags]
+        train(table, job, DATA / "switching", flags)
+
+    if not args.table:
+        wanted = [(group, algo, seed)
+                  for seed in args.seeds for group in args.tasks for algo in args.algo]
+        jobs = table.missing(wanted)
+        for group in {group for group, _, _ in jobs}:
+            names = suite.chosen([group])
+            suite.need(names)
+            prepare.build(DATA, ["switching"], names, args.transitions, source=suite)
+        at_a_time(args.workers, work, jobs)
+    show(table)
+
+
+if __name__ == "__main__":
+    main()

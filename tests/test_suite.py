@@ -1,0 +1,270 @@
+"""The suite of 132 tasks: its table, its levels, its controllers, and data made of it.
+
+What needs a package that is not in requirements.txt is skipped without it.
+"""
+
+import importlib.util
+import re
+from collections import Counter
+
+import gymnasium
+import numpy as np
+import pytest
+
+import behaviors
+import envs
+import prepare
+from behaviors import LEVELS, ars, controllers, suite, td3
+from behaviors.measure import rollout
+from data import DataError, Task
+from learner import Learner, settings_for
+from studies.suite import metas_of, random_batch, signed_rank
+from tests.conftest import tiny
+
+MEASURED = {row["task"] for row in suite.read("suite_levels.csv")}
+
+
+# ---------------------------------------------------------------- the table
+
+def test_the_table_has_132_tasks_of_four_domains():
+    counts = Counter(row.domain for row in suite.TABLE.values())
+    assert counts == {"gymnasium": 11, "metaworld": 50, "dm_control": 50, "robotics": 21}
+    assert list(counts) == list(suite.PACKAGES)
+
+
+def test_a_model_can_tell_the_tasks_apart_by_their_instructions():
+    instructions = [row.instruction for row in suite.TABLE.values()]
+    assert len(set(instructions)) == len(instructions)
+    assert all(instruction.strip() for instruction in instructions)
+
+
+def test_each_row_can_be_used():
+    for row in suite.TABLE.values():
+        assert re.fullmatch(r"\w[\w.-]*", row.task)  # what a folder may be called
+        assert row.behavior in ("levels", "scripted", "td3", "ars"), row.task
+        assert (row.behavior == "levels") == (row.task in behaviors.TASKS), row.task
+        assert row.success in ("", "success", "is_success"), row.task
+        assert int(row.obs_dim) > 0 < int(row.action_dim), row.task
+        assert (row.behavior == "levels") or float(row.expert_from) > 0, row.task
+
+
+@pytest.mark.parametrize("texts, count, first, last", [
+    (None, 132, "HalfCheetah-v5", "AntMaze_MediumDense-v5"),
+    (["metaworld:10"], 10, "metaworld-reach", "metaworld-window-close"),
+    (["metaworld"], 50, "metaworld-reach", "metaworld-sweep"),
+    (["Hopper-v5", "gymnasium:2"], 2, "Hopper-v5", "HalfCheetah-v5"),  # none twice
+])
+def test_tasks_are_chosen_by_name_or_domain(texts, count, first, last):
+    names = suite.chosen(texts)
+    assert (len(names), names[0], names[-1]) == (count, first, last)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("nowhere", "no such task or domain; the domains are gymnasium, metaworld, dm_control"),
+    ("nowhere:3", "no such task or domain"),
+    ("Hopper-v5:3", "no such task or domain"),
+    ("metaworld:", "behind the colon stands a number"),
+    ("metaworld:0", "behind the colon stands a number"),
+    ("metaworld:-1", "behind the colon stands a number"),
+    ("metaworld:51", "metaworld has 50 tasks"),
+])
+def test_what_cannot_be_chosen_says_why(tmp_path, capsys, text, message):
+    with pytest.raises(SystemExit) as stopped:
+        prepare.main(["suite", "--tasks", text, "--out", str(tmp_path / "new")])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert said.startswith(f"prepare.py: --tasks {text}: ") and message in said
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_missing_package_names_its_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # as if there were none
+    with pytest.raises(SystemExit) as stopped:
+        prepare.main(["suite", "--tasks", "dm_control:1", "--out", str(tmp_path / "new")])
+    line = "the tasks of dm_control need `pip install dm_control==1.0.28 shimmy==2.0.1`"
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"prepare.py: {line}\n"
+    assert not (tmp_path / "new").exists()
+
+
+# ---------------------------------------------------------------- the levels
+
+def leaning(control, lean):
+    low, high = np.array([-1.0, 0.0]), np.array([1.0, 4.0])
+    return suite.Leaning(low, high, control, np.array(lean))
+
+
+def test_a_level_leans_and_stays_in_its_box():
+    rng = np.random.default_rng(0)
+    still = leaning(lambda obs: obs, [0.25, -0.5])
+    np.testing.assert_allclose(still(np.zeros(2), rng), [0.25, 1.0])
+    np.testing.assert_allclose(still(np.array([9.0, -9.0]), rng), [1.0, 0.0])  # cut off first
+    actions = np.array([still(np.zeros(2), rng, noise=1.0) for _ in range(500)])
+    assert (actions >= [-1, 0]).all() and (actions <= [1, 4]).all()
+    assert actions.std(0).min() > 0.3
+
+
+def test_the_mean_of_a_level_s_actions_keeps_its_lean():
+    """Else cloning would take the error away, and every level were an expert to it."""
+    rng = np.random.default_rng(0)
+    for lean in ([0.0, 0.0], [0.3, -0.3]):
+        level = leaning(lambda obs: obs, lean)
+        unit = np.mean([level(np.zeros(2), rng, 0.1) for _ in range(2000)], axis=0) - [0, 2]
+        np.testing.assert_allclose(unit / [1, 2], lean, atol=0.02)
+
+
+def test_a_task_always_leans_to_the_same_side():
+    side = suite.side("metaworld-push", 4)
+    assert set(np.abs(side)) == {1.0}
+    np.testing.assert_array_equal(side, suite.side("metaworld-push", 4))
+    sides = {tuple(suite.side(task, 4)) for task in suite.TABLE}
+    assert len(sides) == 2**4
+
+
+def test_what_was_measured_has_all_levels_and_a_best_one():
+    for task in MEASURED:
+        rows = suite.measured(task)
+        assert set(rows) == set(LEVELS), task
+        assert rows["random"]["lean"] == "" and float(rows["expert"]["lean"]) == 0, task
+        assert float(rows["medium"]["lean"]) <= float(rows["weak"]["lean"]), task
+        assert (rows["expert"]["success"] == "") == (suite.TABLE[task].success == ""), task
+
+
+def test_what_was_not_measured_names_the_command(monkeypatch):
+    monkeypatch.setattr(suite, "read", lambda name: [])
+    with pytest.raises(DataError, match="python -m behaviors.search --tasks metaworld-reach"):
+        suite.describe("metaworld-reach", 0.99)
+
+
+# ---------------------------------------------------------------- controllers and searches
+
+def test_the_way_through_a_maze_is_a_shortest_one():
+    cells = [[1, 1, 1, 1, 1],
+             [1, 0, 0, 0, 1],
+             [1, 0, 1, 0, 1],
+             [1, "g", 1, 0, 1],
+             [1, 1, 1, 1, 1]]
+    ways = controllers.steps_to(cells, (3, 1))
+    cell, steps = (3, 3), 0
+    while cell != (3, 1):
+        cell, steps = ways[cell], steps + 1
+        assert cells[cell[0]][cell[1]] != 1
+    assert steps == 6
+    assert (1, 0) not in ways
+
+
+def test_the_gripper_is_moved_towards_the_goal():
+    obs = np.zeros(16)
+    obs[3:6], obs[6:9] = [0.1, 0, -0.1], [0, 0.1, 0]
+    np.testing.assert_array_equal(np.sign(controllers.fetch_reach(obs)), [1, -1, -1, 0])
+
+
+def test_a_block_is_pushed_from_behind():
+    """The goal lies to the right of the block: right of it, the hand rises; left, it pushes."""
+    obs = np.zeros(31)
+    obs[3:6] = [0.3, 0, 0]
+    obs[6:9] = [0.05, 0, 0]
+    np.testing.assert_array_equal(controllers.fetch_push(obs), [0, 0, 1, 0])
+    obs[6:9] = [-0.05, 0, 0]
+    np.testing.assert_array_equal(controllers.fetch_push(obs), [1, 0, 0, 0])
+
+
+def test_ars_climbs_on_any_environment():
+    env = gymnasium.make("InvertedPendulum-v5")  # its reward is 1 a step that the pole stands
+    settings = ars.Settings(8, 4, 0.05, 0.1, 12_000, 0, 6)
+    *_, (_, policy) = ars.climb(env, settings, 0)
+    rng = np.random.default_rng(0)
+    total, _ = rollout(env, policy, rng, seed=1)
+    uniform, _ = rollout(env, behaviors.Policy(policy.low, policy.high), rng, seed=1)
+    assert total > 3 * uniform
+
+
+def test_td3_learns_on_any_environment():
+    env = gymnasium.make("Pendulum-v1")  # its time limit is the environment's own
+    settings = td3.Settings(steps=260, discount=0.9, warmup=200, batch=16, every=2)
+    found = list(td3.learn(env, settings, 10**6, 0))
+    assert len(found) >= 3
+    assert all(200 < steps <= 260 for steps, _ in found)
+    action = found[-1][1](np.zeros(3), None)
+    assert action.shape == (1,) and abs(action) <= 2
+
+
+# ---------------------------------------------------------------- the data
+
+def test_a_task_of_the_default_data_is_the_same_in_the_suite(tmp_path):
+    flags = "--part switching --tasks Reacher-v5 --transitions 200 --out".split()
+    prepare.main(["suite", *flags, str(tmp_path / "suite")])
+    prepare.main(["build", *flags, str(tmp_path / "build")])
+    one, two = (Task(tmp_path / name / "switching/Reacher-v5") for name in ("suite", "build"))
+    assert one.meta == two.meta
+
+
+@pytest.mark.parametrize("random, best, reference, sub_optimal", [
+    ("3", "3", None, True),  # nothing better than random was found: there are no scores
+    ("3", "400", {"random": 3, "expert": 400}, True),
+    ("3", "960", {"random": 3, "expert": 960}, None),
+])
+def test_what_is_no_expert_is_marked(monkeypatch, random, best, reference, sub_optimal):
+    rows = {level: {"mean_return": best, "success": ""} for level in LEVELS}
+    rows["random"] = {"mean_return": random}
+    monkeypatch.setattr(suite, "measured", lambda task: rows)
+    meta = suite.describe("InvertedPendulum-v5", 0.99)
+    assert meta["reference"] == reference
+    assert meta.get("sub_optimal") == sub_optimal
+
+
+def test_metaworld_s_goals_come_from_the_seed():
+    pytest.importorskip("metaworld")
+    env = envs.make(suite.environment("metaworld-reach"))
+    goals = [env.reset(seed=seed)[0][-3:] for seed in (1, 2, 1)]
+    assert not np.array_equal(goals[0], goals[1]) and goals[0].any()
+    np.testing.assert_array_equal(goals[0], goals[2])
+    assert env.spec.max_episode_steps == 500
+
+
+def test_metaworld_is_built_and_its_script_succeeds(tmp_path):
+    pytest.importorskip("metaworld")
+    flags = "--tasks metaworld:1 --transitions 500 --out".split()
+    prepare.main(["suite", *flags, str(tmp_path)])
+    task = Task(tmp_path / "switching/metaworld-reach")
+    prepare.verify([task])
+    env = envs.make(task.meta)
+    policies, _ = suite.policies_of("metaworld-reach", env)
+    obs, _ = env.reset(seed=0)
+    for _ in range(150):
+        obs, *_, info = env.step(policies["expert"](obs, None))
+    assert info["success"] == 1
+
+
+@pytest.mark.parametrize("task, package", [
+    ("metaworld-reach", "metaworld"),
+    ("dm-humanoid_CMU-run", "shimmy"),
+    ("FetchPushDense-v4", "gymnasium_robotics"),
+])
+def test_the_table_has_the_dimensions_of_the_environments(task, package):
+    pytest.importorskip(package)
+    meta = envs.describe(instruction="", **suite.environment(task))
+    row = suite.TABLE[task]
+    assert (meta["obs_dim"], meta["action_dim"]) == (int(row.obs_dim), int(row.action_dim))
+
+
+# ---------------------------------------------------------------- studies.suite
+
+@pytest.mark.parametrize("differences, p", [
+    ([], 1.0),
+    ([0, 0], 1.0),
+    ([1, -1], 1.0),
+    ([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], 0.0051),  # as tables of the normal approximation have it
+    ([-1, -2, -3, -4, -5, -6, -7, -8, -9, -10], 0.0051),
+])
+def test_the_signed_rank_test_by_known_values(differences, p):
+    assert signed_rank(differences) == pytest.approx(p, abs=1e-4)
+
+
+def test_a_model_of_many_tasks_is_updated():
+    metas = metas_of(suite.chosen(["gymnasium:3", "metaworld:2", "dm_control:1"]))
+    learner = Learner(tiny(metas), settings_for("bc"), metas, 10, "cpu")
+    batch = random_batch(metas, 12)
+    assert set(batch.task.tolist()) == set(range(6))
+    metrics = learner.update(batch, None)
+    assert np.isfinite(metrics["loss"].item())
