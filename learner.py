@@ -94,11 +94,9 @@ def improvement_weights(q, spread, eta):
 
 
 def n_step_return(batch, discount):
-    """The first action's n-step return: reward (B,) and the discount (B,) of what follows
-    next_obs[:, -1].
+    """The first action's n-step return: reward (B,), and the discount (B,) of next_obs[:, -1].
 
-    The bootstrap is cut by termination only; a window cut short by an episode's end has fewer
-    steps.
+    Only termination cuts the bootstrap; a window that an episode's end cut short has fewer steps.
     """
     steps = torch.arange(batch.reward.shape[1], device=discount.device)
     powers = discount[:, None] ** steps  # (B, T)
@@ -111,10 +109,9 @@ def n_step_return(batch, discount):
 
 def mean_per_task(x, task, num_tasks):
     """x (B,) -> (B,), each the mean over the rows of its task, on all ranks; without gradient"""
-    total = torch.zeros(num_tasks, device=x.device).index_add_(0, task, x)
-    count = torch.zeros(num_tasks, device=x.device).index_add_(0, task, torch.ones_like(x))
-    parallel.add_over_ranks(total, count)
-    return (total / count.clamp(min=1))[task]
+    sums = x.new_zeros(2, num_tasks).index_add_(1, task, torch.stack([x, torch.ones_like(x)]))
+    parallel.add_over_ranks(sums)
+    return (sums[0] / sums[1])[task]  # nobody asks for a task without rows
 
 
 def data_weights(merit, task, num_tasks, focus):
@@ -169,8 +166,7 @@ class NonFinite(FloatingPointError):
 
 
 class Learner:
-    """A model, its target, its optimiser, and `update`. `metas` are those of the data's tasks, in
-    order.
+    """A model, its target, its optimiser, and `update`. metas: of the data's tasks, in order.
 
     accumulate: a batch is worked off in so many parts, one after the other, for less memory.
     """
@@ -179,6 +175,7 @@ class Learner:
         self.settings, self.total_updates = settings, total_updates
         self.device, self.accumulate, self.updates = torch.device(device), accumulate, 0
         self.waits = self.device.type != "cuda"  # may the host read a result in every update?
+        self.with_metrics = True  # beside the loss and its gradient's norm, which are always there
         self.skipped = torch.zeros((), device=self.device)  # updates since the first that failed
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -217,8 +214,7 @@ class Learner:
         """Begin at the data: the scale of each task's observations, and the values' distribution.
 
         The value heads' bias is set to the log histogram of the data's returns, and their weights
-        small: from a uniform start, thousands of updates pass before the values come down to the
-        returns.
+        small: from a uniform start, values take thousands of updates to come down to the returns.
         """
         obs, task = batch.obs[:, 0].to(self.device), batch.task.to(self.device)
         observed = self.scale(batch.return_to_go[:, 0].to(self.device), task)
@@ -238,8 +234,7 @@ class Learner:
         return (returns - self.low[task]) / self.range[task]
 
     def noise(self, batch, generator):
-        """What actions of the target policy are drawn by, at a batch's states and n steps on:
-        uniform (2B, N, 1 + A)."""
+        """Uniform (2B, N, 1 + A), to draw the target policy's actions by, now and n steps on."""
         shape = 2 * len(batch.task), self.settings.samples, 1 + batch.action.shape[-1]
         return self.rand(shape, generator)
 
@@ -257,8 +252,7 @@ class Learner:
         alpha = s.alpha if batch.alpha is None else batch.alpha  # (B,) where sources have their own
         latents = self.model.encode(obs, task)  # (B, L, W)
         policy = self.model.policy(latents, task)
-        clone, improve, td = cloning_loss(policy, action), 0.0, 0.0
-        metrics = {"policy/clone_loss": clone.mean(), "policy/entropy": policy.entropy()}
+        clone, improve, td, metrics = cloning_loss(policy, action), 0.0, 0.0, {}
 
         if s.beta > 0:
             logits = self.value_logits(latents, action, task)  # (B, M)
@@ -269,18 +263,22 @@ class Learner:
             if share == 1:  # the warm-up: the policy clones, the critic needs no next value
                 alpha, next_probs = 1.0, torch.zeros_like(logits)
             else:
-                improve, next_probs, found = self.improve(batch, noise, policy, clone, shift,
-                                                          bootstrap)
-                metrics.update(found)
+                improve, next_probs, metrics = self.improve(batch, noise, policy, clone, shift,
+                                                            bootstrap)
             td = bellman_cross_entropy(logits, next_probs, shift, bootstrap, observed, share)
-            value = self.model.expectation(logits.detach())
-            metrics.update({"critic/loss": td.mean(), "critic/value": value.mean(),
-                            "critic/observed": observed.mean(),
-                            "critic/error": (value - observed).abs().mean()})
+            if self.with_metrics:
+                metrics |= self.critic_metrics(td, logits.detach(), observed)
 
         # L^Q, the paper's equation; the algorithms differ in its terms and weights.
         loss = (worth * ((1 - alpha) * improve + alpha * clone) + s.beta * td).mean()
+        if self.with_metrics:
+            metrics |= {"policy/clone_loss": clone.mean(), "policy/entropy": policy.entropy()}
         return loss, {**metrics, "loss": loss}
+
+    def critic_metrics(self, td, logits, observed):
+        value = self.model.expectation(logits)
+        return {"critic/loss": td.mean(), "critic/value": value.mean(),
+                "critic/observed": observed.mean(), "critic/error": (value - observed).abs().mean()}
 
     def value_logits(self, latents, action, task):
         """Logits (B, M) of the value of the data's actions, or with L^V of the states."""
@@ -315,6 +313,8 @@ class Learner:
         if s.alpha == 1 and batch.alpha is None:
             return 0.0, next_probs, {}
         improve = improvement_loss(policy, actions[:len(task)], w)
+        if not self.with_metrics:
+            return improve, next_probs, {}
         return improve, next_probs, {
             "policy/improve_loss": improve.mean(), "policy/ess": (1 / w.square().sum(-1)).mean(),
             "policy/q_spread": target.q_spread[task].mean()}
@@ -327,6 +327,8 @@ class Learner:
             next_probs = torch.softmax(after, dim=-1)
             advantage = shift + bootstrap * target.expectation(after) - target.expectation(now)
             w = data_weights(advantage, task, self.num_tasks, 1 / self.settings.eta)  # (B,)
+        if not self.with_metrics:
+            return w * clone, next_probs, {}
         ess = (1 / mean_per_task(w.square(), task, self.num_tasks)).mean()  # a share of the rows
         return w * clone, next_probs, {"policy/ess": ess}
 
@@ -341,9 +343,8 @@ class Learner:
 
     @torch.no_grad()
     def measure_spread(self, batch):
-        """Measure Q's spread in the warm-up, which draws no actions, before pi_imp is to act.
-
-        Without it pi_imp had equal weights there, and one step of improvement was none.
+        """Measure Q's spread, before pi_imp is to act in the warm-up, which draws no actions.
+        Without it pi_imp had equal weights, and one step of improvement was none.
         """
         if self.updates <= self.warmup_updates and self.settings.beta > 0:
             generator = torch.Generator(self.device).manual_seed(0)
@@ -371,8 +372,7 @@ class Learner:
         worth = data_weights(observed, task, self.num_tasks, self.settings.focus)  # (pool * B,)
         odds = (1 + worth) / 2
         candidates.worth = worth / odds
-        # Systematic sampling: places at equal distances along the summed odds: each task keeps its
-        # share.
+        # Systematic sampling, at equal distances along the summed odds: each task keeps its share.
         B, sums = len(task) // self.pool, odds.cumsum(0)
         places = (torch.arange(B, device=self.device) + place)[parallel.RANK::parallel.RANKS] / B
         rows = torch.searchsorted(sums, places * sums[-1])
@@ -424,7 +424,7 @@ class Learner:
         longest = self.settings.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.weights, longest)
         metrics["grad_norm"] = norm = parallel.full(norm)
-        finite = torch.isfinite(norm + metrics["loss"])
+        finite = (norm + metrics["loss"]).abs() < math.inf  # a NaN is not less
         if not self.waits:
             self.skipped += ~finite | (self.skipped > 0)
             self.optimizer.found_inf = self.skipped.clamp(max=1)  # AdamW then changes nothing

@@ -169,7 +169,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
         inner = widening * width
         self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, inner),
-                                 nn.ReLU(inplace=True), nn.Linear(inner, width))
+                                 nn.ReLU(), nn.Linear(inner, width))
 
     def split(self, x):
         B, L, W = x.shape

@@ -428,12 +428,14 @@ def train(config, settings, sources, run, resume=None, at=None):
         while learner.updates < config.steps and not stopped:
             candidates = next(batches).to(learner.device)
             _, generator = random_streams(config.seed, learner.updates, config.device)
+            step, line = learner.updates + 1, {}
+            last = step == config.steps
+            logs = due(config.log_every, step) or last
+            # Without them it would be another graph, and another program to compile.
+            learner.with_metrics = logs or config.graph or config.compile
             try:
                 metrics = updates.update_from(candidates, generator)
-                step, line = learner.updates, {}
-                last = step == config.steps
                 stopped = stop.agreed(learner.device)
-                logs = due(config.log_every, step) or last
                 saves = due(config.save_every, step) or last or stopped
                 if logs or saves:
                     learner.check(metrics)

@@ -431,6 +431,7 @@ def measure_updates(size, way, rates, batch_size):
     learner, candidates = new_learner(size, batch_size)
     generator = torch.Generator(DEVICE)
     learner.updates = learner.total_updates // 2  # theta' is a lagged average by then
+    learner.with_metrics = way.graph or way.compile  # as train.py has it
     updates = Graphs(learner) if way.graph else learner
     if way.compile:
         torch._dynamo.reset()

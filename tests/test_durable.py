@@ -165,7 +165,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(capsys, small
     assert "update 15: the loss is nan" in message and "--learning-rate" in message
     assert find_checkpoint(tmp_path / "run").name == "000000010"
     report = json.loads((tmp_path / "run" / "nonfinite.json").read_text())
-    assert report["update"] == 15 and report["metrics"]["policy/entropy"] > 0
+    assert report["update"] == 15 and "grad_norm" in report["metrics"]
     first = 0
     for task in prepare.open_tasks(small_data):  # the rows named are those that were chosen from
         rows, dims = report["rows"][str(task.folder)], task.meta["obs_dim"]
@@ -220,7 +220,7 @@ def test_warnings_of_a_collapsed_entropy_and_a_runaway_q_are_given_once(small_da
         metrics = update(learner, *args)
         if learner.updates == 20:
             metrics["policy/entropy"] = torch.tensor(0.05)
-        if learner.updates >= 30:
+        if learner.updates >= 30 and learner.with_metrics:
             metrics["critic/value"] = metrics["critic/observed"] + 0.3
         return metrics
 

@@ -420,6 +420,20 @@ def test_a_long_gradient_is_cut(longest, cut):
     assert left.item() == pytest.approx(longest if cut else norm, rel=1e-3)
 
 
+@pytest.mark.parametrize("algo", ["pac", "pacv", "bc"])
+def test_an_update_without_metrics_is_the_same_to_the_bit(algo):
+    """All that is left out is in the lines of metrics.jsonl alone."""
+    kept = {}
+    for with_metrics in (True, False):
+        learner = make([meta()], algo, warmup=0.0)
+        learner.with_metrics = with_metrics
+        made = batch([0.1, 0.2], [0.3, -0.3], [0.0, 1.0])
+        metrics = learner.update(made, seeded())
+        kept[with_metrics] = learner.weights + learner.target_weights
+    assert metrics.keys() == {"loss", "grad_norm"}
+    assert all(map(torch.equal, kept[True], kept[False]))
+
+
 def test_the_learning_rate_follows_the_schedule():
     learner, rates = make([meta()], updates=4, learning_rate=0.01), []
     for _ in range(4):
