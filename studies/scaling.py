@@ -276,11 +276,11 @@ def train(job, run, folder, last=None, episodes=EPISODES):
                    "flops": cost.until(updates), **held_out_losses(learner, held_out),
                    **scores(learner, part.metas, job.seed, episodes)}
             rows.append(row)
-            run.mkdir(parents=True, exist_ok=True)
-            data.write_file(run / "rows.json", json.dumps(rows, indent=1) + "\n")
             print(time.strftime("%H:%M"), job.name, updates, f"return {row['return']:.3f}, clone "
                   f"{row['clone_loss']:.3f}, critic {row['critic_loss']:.3f}", flush=True)
         if updates in EVALUATED or updates % SAVE_EVERY == 0 or updates == last:
+            run.mkdir(parents=True, exist_ok=True)
+            data.write_file(run / "rows.json", json.dumps(rows, indent=1) + "\n")
             save(run, learner, keep=1)  # after the rows: those of a checkpoint are there
     return rows
 
