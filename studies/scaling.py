@@ -38,7 +38,7 @@ from studies.ladder import Table, at_a_time, call
 from train import random_streams
 
 WIDTHS = (8, 16, 32, 64, 96, 128)
-EVALUATED = (128, 256, 512, 1024, 2048, 4096)  # updates after which a run is evaluated
+EVALUATED = (64, 128, 256, 512, 1024, 2048, 4096)  # updates after which a run is evaluated
 WARMUP, HALF = 512, 2048  # updates on the observed returns alone; and on half of them, until then
 BATCH, EPISODES = 128, 3  # transitions an update; episodes a task and evaluation
 SAVE_EVERY = 256  # updates between checkpoints
