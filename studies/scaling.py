@@ -33,7 +33,7 @@ from eval import act, draws, evaluate
 from kernels.categorical_projection import bellman_cross_entropy
 from learner import RISE, Learner, cloning_loss, data_weights, settings_for
 from model import SIZES, ModelConfig, config_for, count_parameters
-from studies import print_table
+from studies import print_table, scaling_fit, scaling_plot
 from studies.ladder import Table, at_a_time, call
 from train import random_streams
 
@@ -383,6 +383,40 @@ def plan(jobs, missing, args):
           f"{seconds / 3600 / args.workers:.1f} with --workers {args.workers}")
 
 
+# ---------------------------------------------------------------- the laws
+
+def fit(rows, path):
+    """Fit all ways that the rows have, into `path`, and print the exponents."""
+    laws = {}
+    for way in COMPARED:
+        laws[scaling_fit.name_of(way)] = scaling_fit.laws_of(rows, way)
+    laws["variants"] = scaling_fit.compare(rows, COMPARED, "variant", VARIANTS)
+    laws["shares"] = scaling_fit.compare(rows, COMPARED, "share", ("1", *SHARES))
+    data.write_file(path, json.dumps(laws, indent=1, allow_nan=False) + "\n")
+    shown = []
+    for name, found in laws.items():
+        if "return" in found:
+            cells = [of_law(found[of], letter)
+                     for of in ("return", "clone_loss", "critic_loss") for letter in "ab"]
+            shown.append([name, *cells, of_law(found["return"], "gain")])
+    print_table(["", "a of the return", "b", "a of the cloning loss", "b", "a of the critic loss",
+                 "b", "return a decade, at the end"], shown)
+    for kind in ("variants", "shares"):
+        for name, ends in laws[kind].items():
+            print(f"\n{name}\n")
+            print_table([kind, *next(iter(ends.values()))],
+                        [[value, *end.values()] for value, end in ends.items()])
+    print(f"\nwrote {path}")
+
+
+def of_law(found, letter):
+    """A law's number with its interval, as text."""
+    low, mid, high = (found[letter][of] for of in ("low", "mid", "high"))
+    if mid is None:
+        return "-"
+    return f"{mid:.2f}" if low is None else f"{mid:.2f} [{low:.2f}, {high:.2f}]"
+
+
 # ---------------------------------------------------------------- the command
 
 def parse_args(argv=None):
@@ -428,15 +462,21 @@ def run(jobs, missing, table, args):
 def main(argv=None):
     args = parse_args(argv)
     jobs, table = sweep(), scaling_table(args.folder)
-    missing = [Job(*job) for job in table.missing(jobs)]
     try:
+        missing, rows = table.missing(jobs), table.rows()
+        if args.command in ("fit", "plot") and not rows:
+            raise RunError(f"{table.path} has no rows yet: python -m studies.scaling run")
         if args.command == "plan":
             plan(jobs, missing, args)
         elif args.command == "run" and args.index is None:
             run(jobs, missing, table, args)
-        elif args.command == "run" and jobs[args.index] in missing:
+        elif args.command == "fit":
+            fit(rows, table.path.with_name("scaling_fit.json"))
+        elif args.command == "plot":
+            scaling_plot.draw(rows, COMPARED, table.path.parent)
+        elif jobs[args.index] in missing:
             make(jobs[args.index], table, args)
-        elif args.command == "run":
+        else:
             print(f"run {args.index} is in {table.path}")
     except (RunError, data.DataError, OSError) as error:
         print(f"studies.scaling: {error}", file=sys.stderr)

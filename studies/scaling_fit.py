@@ -1,8 +1,8 @@
 """The laws in a table of scaling runs: what `python -m studies.scaling fit` computes, by numpy alone.
 
-Of the return, as the paper has it: at each budget C of operations the best of all sizes is looked
-for. Its parameters are N_opt and the transitions it has seen D_opt, and straight lines through
-their logarithms give the exponents
+Of the return, as the paper has it: at each budget C of operations the best size is looked for, as
+the top of a parabola through the sizes' returns over log N. Its parameters are N_opt and the
+transitions it has seen D_opt, and straight lines through their logarithms give the exponents
 
     N_opt ∝ C^a          D_opt ∝ C^b
 
@@ -14,9 +14,10 @@ Where an update of N parameters takes N^g operations a transition, this gives
 
     a = beta / (alpha + g beta)          b = alpha / (alpha + g beta)
 
-A budget counts only where the best size has a smaller and a larger neighbour that were measured at
-this budget too. Else the sweep's own edge would be taken for an optimum: small sizes end early, and
-large ones begin late, so the best of those there are grows with C whatever the returns are.
+A budget counts only where the top lies between the smallest and the largest size that were measured
+there. Else the sweep's own edge would be taken for an optimum: small sizes end early, and large ones
+begin late, so the best of those there are grows with C whatever the returns are. Some of this is
+left: `recovery` says how much, by synthetic sweeps of a known law, and of noise alone.
 """
 
 from typing import NamedTuple
@@ -59,6 +60,13 @@ def profiles_of(rows, column):
     return list(sizes.values())
 
 
+def rows_of(rows, way, **which):
+    """The rows of a way to train, (algo, weighting, data), on all episodes at a constant rate."""
+    which = {"share": "1", "variant": "constant", **dict(zip(("algo", "weighting", "data"), way)),
+             **which}
+    return [row for row in rows if which.items() <= row.items()]
+
+
 def mean_profile(runs):
     """The mean of several seeds' Profiles of one size; of what all of them have reached."""
     count = min(len(run.flops) for run in runs)
@@ -81,10 +89,10 @@ def resampled(sizes, rng):
 # ---------------------------------------------------------------- the return's laws
 
 class Optima(NamedTuple):
-    """At each budget the best value, and where the best size is no edge: N_opt and D_opt."""
+    """At each budget the best value of all sizes, and N_opt and D_opt, which may not be known."""
     budgets: np.ndarray
     best: np.ndarray
-    params: np.ndarray  # nan: the best size is an edge
+    params: np.ndarray  # nan: the parabola has its top outside of what was measured
     transitions: np.ndarray
 
 
@@ -102,32 +110,27 @@ def at_budget(profile, column, budget):
 def optima(profiles, budgets):
     """The Optima of profiles of several sizes, the smallest first."""
     values = np.array([at_budget(profile, profile.value, budgets) for profile in profiles])
-    values = np.where(np.isnan(values), -np.inf, values)  # (sizes, budgets)
     log_n = np.log([profile.params for profile in profiles])
-    params = np.full(len(budgets), np.nan)
-    for number, column in enumerate(values.T):
-        best = column.argmax()
-        around = slice(best - 1, best + 2)
-        if 0 < best < len(column) - 1 and np.isfinite(column[around]).all():
-            params[number] = np.exp(vertex(log_n[around], column[around]))
-    best = values.max(0)
-    best[~np.isfinite(best)] = np.nan
-    per_transition = np.exp(np.interp(np.log(params), log_n, np.log(operations_of(profiles))))
-    return Optima(budgets, best, params, budgets / per_transition)
+    tops = [top(log_n, column) for column in values.T]  # values: (sizes, budgets)
+    per_transition = np.exp(np.interp(tops, log_n, np.log(operations_of(profiles))))
+    return Optima(budgets, np.nanmax(values, axis=0), np.exp(tops), budgets / per_transition)
+
+
+def top(x, y):
+    """Where the parabola through the points that are known is highest; nan if that is outside."""
+    known = np.isfinite(y)
+    if known.sum() < 3:
+        return np.nan
+    bend, slope, _ = np.polyfit(x[known], y[known], 2)
+    if bend >= 0:
+        return np.nan
+    place = -slope / bend / 2
+    return place if x[known][0] < place < x[known][-1] else np.nan
 
 
 def operations_of(profiles):
     """Operations a transition of each size, over its whole run."""
     return np.array([profile.flops[-1] / profile.transitions[-1] for profile in profiles])
-
-
-def vertex(x, y):
-    """Where the parabola through three points is highest; the middle one is the highest of them."""
-    left, right = (y[1] - y[0]) / (x[1] - x[0]), (y[1] - y[2]) / (x[2] - x[1])
-    if left + right <= 0:  # three equal values
-        return x[1]
-    place = (left * (x[1] + x[2]) + right * (x[0] + x[1])) / 2 / (left + right)
-    return np.clip(place, x[0], x[2])
 
 
 def exponent(budgets, counts):
@@ -379,32 +382,71 @@ def recovery(sizes, noise, times=100, seed=0, **law):
     for _ in range(times):
         profiles = [runs[0] for runs in synthetic(sizes, rng, noise, **law)]
         estimates.append(numbers_of(optima(profiles, budgets_of(profiles)))[0])
-    estimates = np.array(estimates)
-    known = estimates[np.isfinite(estimates)]
-    return {"true_a": finite(beta / (alpha + g * beta)), "mean_a": finite(known.mean()),
-            "deviation": finite(known.std()), "fitted": finite(len(known) / times)}
+    known = [estimate for estimate in estimates if np.isfinite(estimate)] or [np.nan]
+    return {"true_a": finite(beta / (alpha + g * beta)), "mean_a": finite(np.mean(known)),
+            "deviation": finite(np.std(known)), "fitted": finite(np.mean(np.isfinite(estimates)))}
 
 
 # ---------------------------------------------------------------- all of it
 
-def laws_of(rows, loss_column):
-    """Everything that is fitted to the rows of one way to train."""
+def loss_column(way):
+    """The cloning loss that a way to train has in view: with weights, where it weighs the data."""
+    return "weighted_clone_loss" if way[1] else "clone_loss"
+
+
+def laws_of(rows, way):
+    """Everything that is fitted to one way to train, (algo, weighting, data)."""
+    rows = rows_of(rows, way)
     sizes = profiles_of(rows, "return")
     if len(sizes) < FEWEST:
         return {"sizes": len(sizes), "why_not": f"a law needs {FEWEST} sizes"}
     found = {"sizes": len(sizes), "seeds": len({row["seed"] for row in rows}),
              "return": return_laws(sizes)}
     noise = float(np.mean([run.std.mean() for runs in sizes for run in runs]))
-    found["estimator"] = {"noise": finite(noise), "law": recovery(sizes, noise),
-                          "noise_alone": recovery(sizes, noise, size=0)}
+    found["estimator"] = {"noise": finite(noise), "of_a_law": recovery(sizes, noise),
+                          "of_noise_alone": recovery(sizes, noise, size=0)}
     found["held_out"] = {"return": predicted_return(sizes)}
-    losses = {"clone_loss": loss_column, "critic_loss": "critic_loss"}
-    for name, column in losses.items():
+    returns, correlations = np.array([row["return"] for row in rows]), {}
+    for name, column in (("clone_loss", loss_column(way)), ("critic_loss", "critic_loss")):
         of_loss = profiles_of(rows, column)
         found[name] = loss_law(of_loss)
         found["held_out"][name] = predicted_losses(of_loss)
-    values = [np.array([row[column] for row in rows]) for column in (loss_column, "critic_loss")]
-    returns = np.array([row["return"] for row in rows])
-    found["rank_correlation_with_the_return"] = {
-        name: finite(rank_correlation(value, returns)) for name, value in zip(losses, values)}
+        losses = np.array([row[column] for row in rows])
+        correlations[name] = finite(rank_correlation(losses, returns))
+    found["rank_correlation_with_the_return"] = correlations
     return found
+
+
+def end_of(rows):
+    """The means over seeds of return, cloning loss and critic loss at the last updates."""
+    last = max(row["updates"] for row in rows)
+    rows = [row for row in rows if row["updates"] == last]
+    columns = ("return", "clone_loss", "critic_loss")
+    means = {name: finite(np.mean([row[name] for row in rows])) for name in columns}
+    return {"updates": last, **means}
+
+
+def compare(rows, ways, column, values):
+    """Runs that differ in one column, at the end of the shortest: for each way and size that has
+    several values."""
+    found = {}
+    for way in ways:
+        for size in dict.fromkeys(row["size"] for row in rows):
+            ends = {}
+            for value in values:
+                some = rows_of(rows, way, size=size, seed=0, **{column: value})
+                if some:
+                    ends[value] = some
+            if len(ends) < 2:
+                continue
+            last = min(max(row["updates"] for row in some) for some in ends.values())
+            of_size = {}
+            for value, some in ends.items():
+                of_size[value] = end_of([row for row in some if row["updates"] <= last])
+            found[f"{name_of(way)}, {size}"] = of_size
+    return found
+
+
+def name_of(way):
+    algo, weighting, part = way
+    return f"{algo}, focus {weighting}, {part}"
