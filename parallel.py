@@ -240,12 +240,12 @@ def meta_batch(learner, batch_size):
     return Batch(rows, O, torch.empty(batch_size, dtype=torch.long, device="meta"))
 
 
-def flops_per_update(learner, batch_size):
-    """Floating-point operations of one update after the warm-up: the matrix products of the loss,
-    forward and backward. learner: one on the meta device."""
+def flops_per_update(learner, batch_size, share=0):
+    """Floating-point operations of one update: the matrix products of the loss, forward and
+    backward. learner: one on the meta device; share: of the observed return, 1 in the warm-up."""
     batch = meta_batch(learner, batch_size)
     with FlopCounterMode(display=False) as counter:
-        learner.loss(batch, learner.noise(batch, None), False)[0].backward()
+        learner.loss(batch, learner.noise(batch, None), share)[0].backward()
     return counter.get_total_flops()
 
 

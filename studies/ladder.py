@@ -33,6 +33,7 @@ from studies import RESULTS, print_table
 
 SEEDS = (0, 1, 2)
 EPISODES = 20  # a task and run
+NUMBERS = {"seed": int, "score": float}  # columns of most tables
 FILE_LOCK = RLock()  # several runs end at once
 SHOWN_ROWS = [*TASKS, "IQM"]
 DRAWN = "mean and range over seeds; IQM with its 95% interval"
@@ -44,10 +45,11 @@ class Table:
     """results/NAME.csv, a row for each score; the figure beside it; and the runs, in runs/NAME.
 
     key: the columns that tell one run from another. folder: instead of results/ and runs/.
+    numbers: the types of the columns that are no text.
     """
 
-    def __init__(self, name, columns, key, folder=None):
-        self.columns, self.key = columns, key
+    def __init__(self, name, columns, key, folder=None, numbers=NUMBERS):
+        self.columns, self.key, self.numbers = columns, key, numbers
         results = folder or RESULTS
         self.path = results / f"{name}.csv"
         self.figure = results / f"{name}.png"
@@ -60,8 +62,8 @@ class Table:
         with open(self.path) as file:
             rows = list(csv.DictReader(file))
         for row in rows:
-            row["seed"] = int(row["seed"])
-            row["score"] = float(row["score"])
+            for column, kind in self.numbers.items():
+                row[column] = kind(row[column])
         return rows
 
     def append(self, rows):
@@ -148,11 +150,16 @@ def result_of(path, command):
     Its output goes to a log beside the run's folder, which the summary is in.
     """
     if not path.exists():
-        path.parent.parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{path.parent}.log", "a") as log:
-            subprocess.run([sys.executable, *map(str, command)], check=True, stdout=log,
-                           stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        call(command, Path(f"{path.parent}.log"))
     return json.loads(path.read_text())
+
+
+def call(command, path):
+    """python COMMAND, in a process of one thread; its output goes to the end of the log `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as log:
+        subprocess.run([sys.executable, *map(str, command)], check=True, stdout=log,
+                       stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def at_a_time(workers, work, jobs):

@@ -1,0 +1,175 @@
+"""The figures of the scaling study, from its rows alone: `python -m studies.scaling plot`.
+
+    scaling.png          return against operations, a line a size, and the best of all sizes
+    scaling_optima.png   N_opt at each budget with its law, and where each size reaches a return
+    scaling_losses.png   held-out losses against operations, with the fitted law; and the return
+                         against the cloning loss
+    scaling_data.png     one size on fewer episodes
+"""
+
+import numpy as np
+
+import plots
+from plots import plt
+from studies.scaling_fit import (budgets_of, fit_loss, flat, loss_column, mean_profile, name_of,
+                                 optima, profiles_of, rows_of)
+
+LEVELS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of return
+OPERATIONS = "operations of the training"
+
+
+def panels(ways, height=1):
+    """A figure with a column for each way, and `height` rows of them."""
+    figure, axes = plt.subplots(height, len(ways), figsize=(3.2 * len(ways) + 0.6, 2.9 * height + 0.8),
+                                sharey="row", sharex="row", squeeze=False, layout="constrained")
+    for way, ax in zip(ways, axes[0]):
+        ax.set_title(name_of(way), fontsize=9)
+    return figure, axes
+
+
+def looks(number, count):
+    """How one of several sizes is drawn: the largest is the darkest."""
+    return dict(marker=plots.MARKERS[number % len(plots.MARKERS)], markersize=4, linewidth=1.2,
+                color=plots.shade(number, count))
+
+
+def size_names(rows):
+    """The name of each size, by its parameters"""
+    return {row["params"]: f"{row['size']}: {row['params']:,}" for row in rows}
+
+
+def draw_profiles(ax, rows, names, column="return"):
+    """The mean profile of each size -> these profiles"""
+    profiles = [mean_profile(runs) for runs in profiles_of(rows, column)]
+    for profile in profiles:
+        number = sorted(names).index(profile.params)
+        error = profile.std if column == "return" else None
+        ax.errorbar(profile.flops, profile.value, yerr=error, label=names[profile.params],
+                    **looks(number, len(names)))
+    ax.set_xscale("log")
+    return profiles
+
+
+def profiles_figure(rows, ways):
+    """Return against operations; grey: the best of all sizes at each budget."""
+    figure, axes = panels(ways)
+    names = size_names(rows)
+    for way, ax in zip(ways, axes[0]):
+        profiles = draw_profiles(ax, rows_of(rows, way), names)
+        found = optima(profiles, budgets_of(profiles))
+        ax.plot(found.budgets, found.best, color="0.75", linewidth=6, zorder=0, label="the best")
+        ax.set_xlabel(OPERATIONS)
+        ax.grid(color="0.9", linewidth=0.5)
+    axes[0, 0].set_ylabel("return (IQM of scores)")
+    plots.legend_below(figure, most_lines(axes[0]))
+    return figure
+
+
+def most_lines(axes):
+    """The panel that has the most lines: its legend is that of all."""
+    return max(axes, key=lambda ax: len(ax.get_legend_handles_labels()[0]))
+
+
+def first_at(profile, level):
+    """The operations after which a profile first has a return; nan: it never has."""
+    so_far = np.maximum.accumulate(profile.value)
+    if so_far[-1] < level or so_far[0] >= level:
+        return np.nan
+    after = int(np.argmax(so_far >= level))
+    between = slice(after - 1, after + 1)
+    return np.exp(np.interp(level, so_far[between], np.log(profile.flops[between])))
+
+
+def optima_figure(rows, ways):
+    """Lines of equal return, and N_opt with its law."""
+    figure, axes = panels(ways)
+    for way, ax in zip(ways, axes[0]):
+        profiles = [mean_profile(runs) for runs in profiles_of(rows_of(rows, way), "return")]
+        params = np.array([profile.params for profile in profiles])
+        for number, level in enumerate(LEVELS):
+            flops = np.array([first_at(profile, level) for profile in profiles])
+            known = np.isfinite(flops)
+            style = looks(number, len(LEVELS)) | {"linewidth": 0.8}
+            ax.plot(flops[known], params[known], label=f"return {level:g}", **style)
+        found = optima(profiles, budgets_of(profiles))
+        ax.plot(found.budgets, found.params, "*", color="crimson", markersize=7, label="N_opt")
+        known = np.isfinite(found.params)
+        if known.sum() >= 3:
+            ends = np.log(found.budgets[known][[0, -1]])
+            line = np.polyfit(np.log(found.budgets[known]), np.log(found.params[known]), 1)
+            ax.plot(np.exp(ends), np.exp(np.polyval(line, ends)), color="crimson", label="its law")
+            ax.annotate(f"N_opt ∝ C^{line[0]:.2f}", (0.04, 0.92), xycoords="axes fraction")
+        ax.set(xscale="log", yscale="log", xlabel=OPERATIONS)
+    axes[0, 0].set_ylabel("parameters")
+    plots.legend_below(figure, most_lines(axes[0]))
+    return figure
+
+
+def losses_figure(rows, ways):
+    """Two losses against operations, dashed: the law; and the return against the cloning loss."""
+    figure, axes = plt.subplots(3, len(ways), figsize=(3.2 * len(ways) + 0.6, 8.5), sharey="row",
+                                squeeze=False, layout="constrained")
+    names = size_names(rows)
+    for way, column in zip(ways, axes.T):
+        column[0].set_title(name_of(way), fontsize=9)
+        of_way, cloning = rows_of(rows, way), loss_column(way)
+        for loss, ax in ((cloning, column[0]), ("critic_loss", column[1])):
+            draw_profiles(ax, of_way, names, loss)
+            draw_law(ax, profiles_of(of_way, loss))
+            ax.set_xlabel(OPERATIONS)
+        for number, params in enumerate(sorted(names)):
+            some = [row for row in of_way if row["params"] == params]
+            column[2].plot([row[cloning] for row in some], [row["return"] for row in some],
+                           **looks(number, len(names)) | {"linestyle": "none"})
+        column[2].set_xlabel("cloning loss")
+    for ax, label in zip(axes[:, 0], ("cloning loss", "critic loss", "return")):
+        ax.set_ylabel(f"{label}, held-out episodes" if ax is not axes[2, 0] else label)
+    plots.legend_below(figure, most_lines(axes[0]))
+    return figure
+
+
+def draw_law(ax, sizes):
+    """The fitted loss of each size, where there are sizes enough for a fit."""
+    if len(sizes) < 3:
+        return
+    law = fit_loss(*flat(sizes))
+    for runs in sizes:
+        run = runs[0]
+        ax.plot(run.flops, law.loss(run.params, run.transitions), "--", color="0.4", linewidth=0.8)
+
+
+def data_figure(rows, ways):
+    """Return and losses of one size on shares of the episodes, against updates."""
+    size = next(row["size"] for row in rows if row["share"] != "1")
+    shares = sorted({row["share"] for row in rows}, key=lambda share: -int(share.split("/")[-1]))
+    columns = ("return", "clone_loss", "critic_loss")
+    figure, axes = plt.subplots(len(ways), 3, figsize=(10, 2.9 * len(ways) + 0.6), sharex=True,
+                                sharey="col", squeeze=False, layout="constrained")
+    for way, line in zip(ways, axes):
+        for column, ax in zip(columns, line):
+            for number, share in enumerate(shares):
+                some = rows_of(rows, way, share=share, size=size, seed=0)
+                ax.plot([row["updates"] for row in some], [row[column] for row in some],
+                        label=f"{share} of the episodes", **looks(number, len(shares)))
+            ax.set(xscale="log", title=f"{name_of(way)}, {size}")
+            ax.title.set_size(8)
+            ax.set_ylabel(column.replace("_", " "))
+    for ax in axes[-1]:
+        ax.set_xlabel("updates")
+    plots.legend_below(figure, axes[0, 0])
+    return figure
+
+
+def draw(rows, ways, folder):
+    """All figures that the rows give, into a folder."""
+    ways = [way for way in ways if len(profiles_of(rows_of(rows, way), "return")) > 1]
+    on_less = [way for way in ways if rows_of(rows, way, share="1/4")]
+    figures = {"scaling": (profiles_figure, ways), "scaling_optima": (optima_figure, ways),
+               "scaling_losses": (losses_figure, ways), "scaling_data": (data_figure, on_less)}
+    for name, (function, shown) in figures.items():
+        if not shown:
+            print(f"{name}.png: no rows for it yet")
+            continue
+        path = folder / f"{name}.png"
+        plots.save(function(rows, shown), path)
+        print(f"wrote {path}")
