@@ -83,8 +83,15 @@ def config_for(size, metas, **changes):
 
 
 def computes_in_bf16(config, device):
-    """On a GPU, from `large` on: below, the casts of autocast are a quarter of all launches."""
-    return device.type == "cuda" and config.width >= SIZES["large"]["width"]
+    """On a GPU that has bf16, from `large` on: below, autocast's casts are a quarter of all
+    launches.
+
+    Autocast casts a weight once an update, and keeps that until the loss is computed; one that is
+    used twice and learns nothing, as the target's `encoder.to_kv`, twice.
+    """
+    if device.type != "cuda" or config.width < SIZES["large"]["width"]:
+        return False
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def in_bf16(config, device):
@@ -360,7 +367,7 @@ class Policy:
         cdf_of_bins = self.log_bins.exp().cumsum(-1)
         rows = torch.arange(len(noise), device=noise.device)[:, None]  # (B, 1)
         index = draw(cdf_of_bins[rows, component], noise[..., 1:])  # (B, N, A)
-        return bin_centre(index.to(noise.dtype), cdf_of_bins.shape[-1])
+        return bin_centre(index, cdf_of_bins.shape[-1])
 
     def mean(self):
         """(B, A)"""
@@ -395,7 +402,7 @@ class Policy:
 
 def to_bins(action, bins):
     """action (...) in [-1, 1] -> the index (...) of its bin among `bins` equal ones"""
-    return ((action + 1) / 2 * bins).long().clamp(0, bins - 1)
+    return ((action + 1) * (bins / 2)).long().clamp(0, bins - 1)
 
 
 def bin_centre(index, bins):

@@ -67,8 +67,8 @@ WRONG = {
          "unlike weight"),
     ],
     "sample": [
-        ("bin_centre(index.to(noise.dtype), cdf_of_bins.shape[-1])",
-         "2 * index.to(noise.dtype) / cdf_of_bins.shape[-1] - 1", "beside the centre"),
+        ("bin_centre(index, cdf_of_bins.shape[-1])",
+         "2 * index / cdf_of_bins.shape[-1] - 1", "beside the centre"),
         ("noise[..., 1:])", "noise[..., :1].expand_as(noise[..., 1:]))", "independently"),
         ("noise[..., 1:])", "noise[..., 1:2].expand_as(noise[..., 1:]))", "independently"),
         ("cdf_of_bins[rows, component]", "cdf_of_bins[rows, 0 * component]", "heavier component"),

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -246,6 +247,18 @@ class TestInterpreted:
         usual = attending.attention_backward(dout, q, k, v, mask, out, lse)
         other = attending.attention_backward(dout, q, k, v, mask, out.contiguous(), lse)
         assert all(map(torch.equal, usual, other))
+
+    def test_a_kernel_is_launched_on_the_gpu_of_its_tensors(self, monkeypatch):
+        """Not on the current one, which is cuda:0 while a model is on cuda:1."""
+        chosen = []
+        monkeypatch.setattr(torch.cuda, "device_of", lambda x: chosen.append(x) or nullcontext())
+        (q, k, v), _ = attention_inputs(5, 7, 16)
+        attention(q, k, v, backend="triton")
+        q_logits, *target = bellman_inputs(3, 11)
+        bellman_cross_entropy(q_logits, *target, 0.3, backend="triton")
+        x, *others = task_inputs((4,), 4, True)
+        task_linear(x, *others, backend="triton")
+        assert [id(tensor) for tensor in chosen] == [id(q), id(q_logits), id(x)]
 
     @pytest.mark.parametrize(
         "operator, inputs",

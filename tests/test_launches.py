@@ -6,12 +6,14 @@ and the kernels are chosen as on a GPU, since their operators take fake tensors 
 
 import copy
 import json
+from collections import Counter
 from functools import partial
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import (DataDependentOutputException, FakeCopyMode,
                                            FakeTensorMode)
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import attention, categorical_projection, graph, task_linear, triton_support
 from kernels.graph import Graphs
@@ -23,7 +25,7 @@ from studies.kernels import Traffic
 
 # What an update of PAC at size `small` launches, the choice of its rows and the optimiser included:
 # 96 matrix products, 45 of LayerNorm and the rest in small steps. Fewer is better.
-LAUNCHES = 441
+LAUNCHES = 432
 
 needs_triton = pytest.mark.skipif(triton_support.triton is None, reason="triton is not installed")
 
@@ -71,10 +73,41 @@ def test_an_update_launches_no_more_than_it_did(as_on_a_gpu):
     assert traffic.launches <= LAUNCHES
 
 
-@pytest.mark.parametrize("size, device, wanted", [
-    ("medium", "cuda", False), ("large", "cuda", True), ("l", "cuda", True), ("l", "cpu", False)])
-def test_large_models_compute_in_bf16_on_a_gpu(size, device, wanted):
+@pytest.mark.parametrize("size, device, has_bf16, wanted", [
+    ("medium", "cuda", True, False), ("large", "cuda", True, True), ("l", "cuda", True, True),
+    ("l", "cuda", False, False), ("l", "cpu", True, False)])
+def test_large_models_compute_in_bf16_on_a_gpu(monkeypatch, size, device, has_bf16, wanted):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
     assert computes_in_bf16(config_for(size, metas()), torch.device(device)) == wanted
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often each tensor is converted to another type."""
+
+    def __init__(self):
+        super().__init__()
+        self.of = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.name == "aten::_to_copy":
+            self.of[id(args[0])] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@needs_triton
+def test_autocast_makes_one_copy_of_the_weights_an_update(as_on_a_gpu, monkeypatch):
+    monkeypatch.setattr("learner.in_bf16", lambda *_: torch.autocast("cpu", torch.bfloat16))
+    mode = FakeTensorMode()
+    learner, candidates = faked(mode, "small")
+    with mode, Casts() as casts:
+        learner.update_from(candidates, torch.Generator())
+    counts = {}
+    for what, model in (("model", learner.model), ("target", learner.target_model)):
+        for name, weight in model.named_parameters():
+            counts[f"{what}.{name}"] = casts.of[id(weight)]
+    assert counts["model.q_head.1.weight"] == counts["target.q_head.1.weight"] == 1
+    twice = [name for name, count in counts.items() if count > 1]
+    assert twice == ["target.encoder.to_kv.weight"]  # of the words, and of the observation
 
 
 def test_evaluation_computes_as_training_does(monkeypatch):
