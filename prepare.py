@@ -417,11 +417,11 @@ def run_mix(args):
 def run_info(args):
     """`info` and `verify`: a line a task."""
     for task in open_tasks(args.folder):
-        checked = ""
+        meta, returns = task.meta, task.meta["return"]
+        checked = ", without an expert" if meta.get("sub_optimal") else ""
         if args.command == "verify":
             verify([task])
-            checked = ", every byte checked"
-        meta, returns = task.meta, task.meta["return"]
+            checked += ", every byte checked"
         print(f"{task.name:<28} {meta['episodes']:>7,} episodes {meta['transitions']:>11,} "
               f"transitions   return {returns['mean']:.0f} ± {returns['std']:.0f}, "
               f"best {returns['max']:.0f}   obs {meta['obs_dim']}, action {meta['action_dim']}"

@@ -22,7 +22,7 @@ from behaviors import LEVELS, Policy, ars, suite, td3
 from behaviors.ars import BANDS, replacing
 from behaviors.measure import CHOICE_SEED, REPORT_SEED
 
-LEANS = (0.05, 0.1, 0.2, 0.4, 0.8)
+LEANS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.2)
 CHOICE_EPISODES, EPISODES = 1, 5
 # Two searches for any task; nothing in them was tuned. dm_control pays at each step.
 ARS = ars.Settings(directions=8, best=4, nu=0.03, alpha=0.02, steps=40_000, seed=0, snapshots=8)
