@@ -109,23 +109,29 @@ def at_budget(profile, column, budget):
 
 def optima(profiles, budgets):
     """The Optima of profiles of several sizes, the smallest first."""
-    values = np.array([at_budget(profile, profile.value, budgets) for profile in profiles])
     log_n = np.log([profile.params for profile in profiles])
-    tops = [top(log_n, column) for column in values.T]  # values: (sizes, budgets)
-    per_transition = np.exp(np.interp(tops, log_n, np.log(operations_of(profiles))))
-    return Optima(budgets, np.nanmax(values, axis=0), np.exp(tops), budgets / per_transition)
+    # What each size had returned, and seen, at each budget: (sizes, budgets).
+    values = np.array([at_budget(profile, profile.value, budgets) for profile in profiles])
+    seen = np.array([at_budget(profile, np.log(profile.transitions), budgets)
+                     for profile in profiles])
+    params, transitions = [], []
+    for value, log_d in zip(values.T, seen.T):
+        known = np.isfinite(value)
+        place = top(log_n[known], value[known])
+        params.append(np.exp(place))
+        transitions.append(np.exp(np.interp(place, log_n[known], log_d[known])))
+    return Optima(budgets, np.nanmax(values, axis=0), np.array(params), np.array(transitions))
 
 
 def top(x, y):
-    """Where the parabola through the points that are known is highest; nan if that is outside."""
-    known = np.isfinite(y)
-    if known.sum() < 3:
+    """Where the parabola through some points is highest; nan if that is not between them."""
+    if len(x) < 3:
         return np.nan
-    bend, slope, _ = np.polyfit(x[known], y[known], 2)
+    bend, slope, _ = np.polyfit(x, y, 2)
     if bend >= 0:
         return np.nan
     place = -slope / bend / 2
-    return place if x[known][0] < place < x[known][-1] else np.nan
+    return place if x[0] < place < x[-1] else np.nan
 
 
 def operations_of(profiles):
