@@ -19,6 +19,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from subprocess import CalledProcessError
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +34,7 @@ from eval import act, draws, evaluate
 from kernels.categorical_projection import bellman_cross_entropy
 from learner import RISE, Learner, cloning_loss, data_weights, settings_for
 from model import SIZES, ModelConfig, config_for, count_parameters
-from studies import print_table, scaling_fit, scaling_plot
+from studies import print_table, scaling_fit, scaling_show
 from studies.ladder import Table, at_a_time, call
 from train import random_streams
 
@@ -57,8 +58,9 @@ def shape(width):
 
 
 def learning_rate(width):
-    """The highest rate: measured at two widths, see README.md."""
-    return 3e-3
+    """The highest rate: that of `small`, and elsewhere in inverse proportion to the width, as was
+    measured at two widths, see README.md."""
+    return 3e-3 * 64 / width
 
 
 def config_of(size, metas):
@@ -73,8 +75,8 @@ def width_of(size):
 def parameters(model):
     """How many numbers of the model a transition passes: N.
 
-    Each task has encoders of its own, of which a transition passes one; and of the table of words it
-    meets a few rows. At width 8 these tables are 77% of all parameters.
+    Each task has encoders of its own, of which a transition passes one; and of the table of words
+    it meets a few rows. At width 8 these tables are 77% of all parameters.
     """
     tables = model.word_embedding.weight.numel()
     others = 1 - 1 / len(model.config.tasks)
@@ -113,7 +115,7 @@ class Job(NamedTuple):
 
     @property
     def name(self):
-        return "-".join(map(str, self)).replace("/", "of")
+        return "-".join(map(str, self)).replace("/", "of").replace(" ", "")
 
 
 # What else is done to the learning rate: the factor of it, and the last update.
@@ -238,14 +240,25 @@ def held_out_losses(learner, batch):
 
 
 def scores(learner, metas, seed, episodes):
-    """The return, as an IQM of scores; its standard error over episodes; and each task's score."""
+    """The return, as an IQM of scores; its standard error over episodes; and each task's score, nan
+    for what the data does not have."""
     settings = learner.settings
     summary = evaluate(learner.target_model, metas, episodes, seed + 1, settings.act, settings.eta)
     if summary["failed"]:
         raise RunError("an episode of the evaluation failed: " + summary["failed"][0])
     low, high = summary["interval"]
-    tasks = {name: row["score"] for name, row in summary["tasks"].items()}
+    tasks = dict.fromkeys(TASKS, np.nan)
+    tasks |= {name: row["score"] for name, row in summary["tasks"].items()}
     return {"return": summary["iqm"], "return_std": (high - low) / (2 * 1.96), **tasks}
+
+
+def restore_rows(run, learner):
+    """Make the learner what it was when the run was stopped -> the run's rows until then"""
+    if not checkpoints(run):
+        return []
+    restore(find_checkpoint(run), learner)
+    rows = json.loads((run / "rows.json").read_text())
+    return [row for row in rows if row["updates"] <= learner.updates]
 
 
 def train(job, run, folder, last=None, episodes=EPISODES):
@@ -253,36 +266,37 @@ def train(job, run, folder, last=None, episodes=EPISODES):
     part = open_part(folder, job.share)
     learner = new_learner(job, part.metas)
     last = last or learner.last
-    cost = operations(new_learner(job, part.metas, "meta"))
     rng, _ = random_streams(job.seed, 2**31, "cpu")  # a stream that no update has
     learner.start_at(data.Sampler(**part.training, batch_size=20_000).sample(rng))
     held_out = data.Sampler(**part.held_out, batch_size=HELD_OUT_STATES)
     held_out = held_out.sample(np.random.default_rng(0))
-    sampler = data.Sampler(**part.training, batch_size=BATCH * learner.pool,
-                           steps=learner.settings.n_step)
-    rows = []
-    if checkpoints(run):
-        restore(find_checkpoint(run), learner)
-        rows = json.loads((run / "rows.json").read_text())
-        rows = [row for row in rows if row["updates"] <= learner.updates]
+    same = {**job._asdict(), "params": parameters(learner.model)}
+    cost = operations(new_learner(job, part.metas, "meta"))
+    sampler, rows = sampler_for(learner, part), restore_rows(run, learner)
     while learner.updates < last:
         rng, generator = random_streams(job.seed, learner.updates, "cpu")
         candidates = sampler.sample(rng)
         learner.update_from(candidates, generator)
         updates = learner.updates
-        if updates in EVALUATED or updates == last:
+        evaluates = updates in EVALUATED or updates == last
+        if evaluates:
             learner.measure_spread(candidates)
-            row = {**job._asdict(), "params": parameters(learner.model), "updates": updates,
-                   "flops": cost.until(updates), **held_out_losses(learner, held_out),
+            row = {**same, "updates": updates, "flops": cost.until(updates),
+                   **held_out_losses(learner, held_out),
                    **scores(learner, part.metas, job.seed, episodes)}
             rows.append(row)
             print(time.strftime("%H:%M"), job.name, updates, f"return {row['return']:.3f}, clone "
                   f"{row['clone_loss']:.3f}, critic {row['critic_loss']:.3f}", flush=True)
-        if updates in EVALUATED or updates % SAVE_EVERY == 0 or updates == last:
+        if evaluates or updates % SAVE_EVERY == 0:
             run.mkdir(parents=True, exist_ok=True)
             data.write_file(run / "rows.json", json.dumps(rows, indent=1) + "\n")
             save(run, learner, keep=1)  # after the rows: those of a checkpoint are there
     return rows
+
+
+def sampler_for(learner, part):
+    return data.Sampler(**part.training, batch_size=BATCH * learner.pool,
+                        steps=learner.settings.n_step)
 
 
 def rounded(row):
@@ -332,9 +346,8 @@ class Price(NamedTuple):
 def price_of(job, part):
     """Measure an update in the warm-up, one after it, and a step of an evaluation."""
     learner = new_learner(job, part.metas)
-    sampler = data.Sampler(**part.training, batch_size=BATCH * learner.pool,
-                           steps=learner.settings.n_step)
-    candidates, generator = sampler.sample(np.random.default_rng(0)), torch.Generator()
+    candidates = sampler_for(learner, part).sample(np.random.default_rng(0))
+    generator = torch.Generator()
     learner.start_at(candidates)
 
     def update():
@@ -383,40 +396,6 @@ def plan(jobs, missing, args):
           f"{seconds / 3600 / args.workers:.1f} with --workers {args.workers}")
 
 
-# ---------------------------------------------------------------- the laws
-
-def fit(rows, path):
-    """Fit all ways that the rows have, into `path`, and print the exponents."""
-    laws = {}
-    for way in COMPARED:
-        laws[scaling_fit.name_of(way)] = scaling_fit.laws_of(rows, way)
-    laws["variants"] = scaling_fit.compare(rows, COMPARED, "variant", VARIANTS)
-    laws["shares"] = scaling_fit.compare(rows, COMPARED, "share", ("1", *SHARES))
-    data.write_file(path, json.dumps(laws, indent=1, allow_nan=False) + "\n")
-    shown = []
-    for name, found in laws.items():
-        if "return" in found:
-            cells = [of_law(found[of], letter)
-                     for of in ("return", "clone_loss", "critic_loss") for letter in "ab"]
-            shown.append([name, *cells, of_law(found["return"], "gain")])
-    print_table(["", "a of the return", "b", "a of the cloning loss", "b", "a of the critic loss",
-                 "b", "return a decade, at the end"], shown)
-    for kind in ("variants", "shares"):
-        for name, ends in laws[kind].items():
-            print(f"\n{name}\n")
-            print_table([kind, *next(iter(ends.values()))],
-                        [[value, *end.values()] for value, end in ends.items()])
-    print(f"\nwrote {path}")
-
-
-def of_law(found, letter):
-    """A law's number with its interval, as text."""
-    low, mid, high = (found[letter][of] for of in ("low", "mid", "high"))
-    if mid is None:
-        return "-"
-    return f"{mid:.2f}" if low is None else f"{mid:.2f} [{low:.2f}, {high:.2f}]"
-
-
 # ---------------------------------------------------------------- the command
 
 def parse_args(argv=None):
@@ -446,7 +425,7 @@ def parse_args(argv=None):
 
 
 def run(jobs, missing, table, args):
-    """The runs that are missing, each in a process of its own."""
+    """The runs that are missing, each in a process of its own. One that fails stops no other."""
     given = [f"--{name}={value}" for name, value in
              (("folder", args.folder), ("updates", args.updates), ("episodes", args.episodes))
              if value is not None]
@@ -454,7 +433,11 @@ def run(jobs, missing, table, args):
     def work(job):
         command = ["-m", "studies.scaling", "run", "--index", jobs.index(job),
                    "--datasets", args.datasets, *given]
-        call(command, table.runs / f"{job.name}.log")
+        log = table.runs / f"{job.name}.log"
+        try:
+            call(command, log)
+        except CalledProcessError:
+            raise RunError(f"a run has failed; {log} says why") from None
 
     at_a_time(args.workers, work, missing)
 
@@ -471,9 +454,13 @@ def main(argv=None):
         elif args.command == "run" and args.index is None:
             run(jobs, missing, table, args)
         elif args.command == "fit":
-            fit(rows, table.path.with_name("scaling_fit.json"))
+            laws = scaling_fit.laws_of_all(rows, COMPARED, VARIANTS, ("1", *SHARES))
+            path = table.path.with_name("scaling_fit.json")
+            data.write_file(path, json.dumps(laws, indent=1, allow_nan=False) + "\n")
+            scaling_show.print_laws(laws)
+            print(f"\nwrote {path}")
         elif args.command == "plot":
-            scaling_plot.draw(rows, COMPARED, table.path.parent)
+            scaling_show.draw(rows, COMPARED, table.path.parent)
         elif jobs[args.index] in missing:
             make(jobs[args.index], table, args)
         else:

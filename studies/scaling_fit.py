@@ -1,4 +1,4 @@
-"""The laws in a table of scaling runs: what `python -m studies.scaling fit` computes, by numpy alone.
+"""The laws in a table of scaling runs: what `python -m studies.scaling fit` computes, by numpy.
 
 Of the return, as the paper has it: at each budget C of operations the best size is looked for, as
 the top of a parabola through the sizes' returns over log N. Its parameters are N_opt and the
@@ -15,9 +15,9 @@ Where an update of N parameters takes N^g operations a transition, this gives
     a = beta / (alpha + g beta)          b = alpha / (alpha + g beta)
 
 A budget counts only where the top lies between the smallest and the largest size that were measured
-there. Else the sweep's own edge would be taken for an optimum: small sizes end early, and large ones
-begin late, so the best of those there are grows with C whatever the returns are. Some of this is
-left: `recovery` says how much, by synthetic sweeps of a known law, and of noise alone.
+there. Else the sweep's own edge would be taken for an optimum: small sizes end early, and large
+ones begin late, so the best of those there are grows with C whatever the returns are. Some of this
+is left: `recovery` says how much, by synthetic sweeps of a known law, and of noise alone.
 """
 
 from typing import NamedTuple
@@ -109,23 +109,29 @@ def at_budget(profile, column, budget):
 
 def optima(profiles, budgets):
     """The Optima of profiles of several sizes, the smallest first."""
-    values = np.array([at_budget(profile, profile.value, budgets) for profile in profiles])
     log_n = np.log([profile.params for profile in profiles])
-    tops = [top(log_n, column) for column in values.T]  # values: (sizes, budgets)
-    per_transition = np.exp(np.interp(tops, log_n, np.log(operations_of(profiles))))
-    return Optima(budgets, np.nanmax(values, axis=0), np.exp(tops), budgets / per_transition)
+    # What each size had returned, and seen, at each budget: (sizes, budgets).
+    values = np.array([at_budget(profile, profile.value, budgets) for profile in profiles])
+    seen = np.array([at_budget(profile, np.log(profile.transitions), budgets)
+                     for profile in profiles])
+    params, transitions = [], []
+    for value, log_d in zip(values.T, seen.T):
+        known = np.isfinite(value)
+        place = top(log_n[known], value[known])
+        params.append(np.exp(place))
+        transitions.append(np.exp(np.interp(place, log_n[known], log_d[known])))
+    return Optima(budgets, np.nanmax(values, axis=0), np.array(params), np.array(transitions))
 
 
 def top(x, y):
-    """Where the parabola through the points that are known is highest; nan if that is outside."""
-    known = np.isfinite(y)
-    if known.sum() < 3:
+    """Where the parabola through some points is highest; nan if that is not between them."""
+    if len(x) < 3:
         return np.nan
-    bend, slope, _ = np.polyfit(x[known], y[known], 2)
+    bend, slope, _ = np.polyfit(x, y, 2)
     if bend >= 0:
         return np.nan
     place = -slope / bend / 2
-    return place if x[known][0] < place < x[known][-1] else np.nan
+    return place if x[0] < place < x[-1] else np.nan
 
 
 def operations_of(profiles):
@@ -324,29 +330,32 @@ def predicted_losses(sizes):
 
 
 def predicted_return(sizes):
-    """The best return, and N_opt, at the sweep's end: by straight lines through the beginnings.
+    """The best return, and N_opt, beyond the beginnings: by straight lines over log C.
 
-    The first is a line in log C through the last decade of the beginnings.
+    The return's line goes through the last decade of the beginnings.
     """
     begun = [mean_profile(runs) for runs in beginnings(sizes)]
-    known = optima(begun, budgets_of(begun))
     whole = [mean_profile(runs) for runs in sizes]
-    end = budgets_of(whole)[-1:]
-    last = known.budgets >= known.budgets[-1] / 10
+    known, measured = optima(begun, budgets_of(begun)), optima(whole, budgets_of(whole))
+    end = measured.budgets[-1]
+    last = (known.budgets >= known.budgets[-1] / 10) & np.isfinite(known.best)
     line = np.polyfit(np.log(known.budgets[last]), known.best[last], 1)
-    measured = optima(whole, budgets_of(whole))
-    found = {"budget": finite(end[0]),
-             "return": {"predicted": finite(np.polyval(line, np.log(end[0]))),
-                        "measured": finite(measured.best[-1])}}
+    found = {"budget": finite(end), "return": {"predicted": finite(np.polyval(line, np.log(end))),
+                                               "measured": finite(measured.best[-1])}}
     counted = np.isfinite(known.params)
     if counted.sum() >= 3:
-        line = np.polyfit(np.log(known.budgets[counted]), np.log(known.params[counted]), 1)
-        n_opt = np.exp(np.polyval(line, np.log(measured.budgets)))
-        both = np.isfinite(measured.params) & (measured.budgets > known.budgets[-1])
-        ratio = np.exp(np.abs(np.log(n_opt / measured.params))[both])
-        found["N_opt"] = {"predicted": finite(n_opt[-1]), "budgets_compared": int(both.sum()),
-                          "wrong_by_factor": finite(ratio.mean()) if both.any() else None}
+        found["N_opt"] = predicted_sizes(known.budgets[counted], known.params[counted], measured)
     return found
+
+
+def predicted_sizes(budgets, params, measured):
+    """N_opt at the budgets behind `budgets` where it could be measured: by which factor the law of
+    `params` is wrong there."""
+    line = np.polyfit(np.log(budgets), np.log(params), 1)
+    ahead = np.isfinite(measured.params) & (measured.budgets > budgets[-1])
+    wrong = np.polyval(line, np.log(measured.budgets[ahead])) - np.log(measured.params[ahead])
+    factor = np.exp(np.abs(wrong).mean()) if ahead.any() else np.nan
+    return {"budgets_compared": int(ahead.sum()), "wrong_by_factor": finite(factor)}
 
 
 def rank_correlation(x, y):
@@ -415,6 +424,14 @@ def laws_of(rows, way):
         correlations[name] = finite(rank_correlation(losses, returns))
     found["rank_correlation_with_the_return"] = correlations
     return found
+
+
+def laws_of_all(rows, ways, variants, shares):
+    """What scaling_fit.json holds."""
+    laws = {name_of(way): laws_of(rows, way) for way in ways}
+    laws["variants"] = compare(rows, ways, "variant", variants)
+    laws["shares"] = compare(rows, ways, "share", shares)
+    return laws
 
 
 def end_of(rows):

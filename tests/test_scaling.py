@@ -103,11 +103,12 @@ class Killed(Exception):
 
 
 def test_a_killed_run_ends_as_an_undisturbed_one(small_data, tmp_path, monkeypatch):
-    """At every update once; the rows, losses to the last bit, are the same."""
+    """Before its first checkpoint, after it, and after an evaluation. The rows are the same, losses
+    to the last bit."""
     shortened(monkeypatch)
     whole = scaling.train(PAC, tmp_path / "whole", small_data, last=8)
     update = Learner.update_from
-    for last_update in range(8):
+    for last_update in (2, 3, 7):
 
         def killed(self, *args):
             if self.updates == last_update:
@@ -126,7 +127,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(small_data, tmp_path, monkeypat
 
 # ---------------------------------------------------------------- the laws
 
-# Parameters of the family's sizes on the seven tasks, and operations of an update after the warm-up.
+# Of the sizes, on seven tasks: parameters, and operations of an update after the warm-up.
 SIZES_MADE = {"w8": (13_394, 0.034e9), "w16": (31_514, 0.091e9), "w32": (83_162, 0.308e9),
               "w64": (248_090, 1.389e9), "w96": (551_000, 3.4e9), "w128": (930_000, 6.2e9)}
 ALPHA, BETA = 0.5, 0.5
@@ -209,7 +210,7 @@ def test_the_top_of_a_parabola_counts_only_inside():
     assert scaling_fit.top(x, -(x - 1.2) ** 2) == pytest.approx(1.2)
     assert np.isnan(scaling_fit.top(x, -(x - 3.1) ** 2))  # an edge
     assert np.isnan(scaling_fit.top(x, x**2))  # a valley
-    assert np.isnan(scaling_fit.top(x, np.array([1, 2, np.nan, np.nan])))  # two sizes alone
+    assert np.isnan(scaling_fit.top(x[:2], np.array([1.0, 2])))  # two sizes alone
 
 
 def test_what_was_held_out_is_not_in_the_prediction():
@@ -281,6 +282,34 @@ def test_a_run_that_is_in_the_table_is_not_made_again(tmp_path, capsys):
     write_made_table(tmp_path / "made", rows)
     scaling.main(["run", "--index", "0", "--folder", str(tmp_path / "made")])
     assert "run 0 is in" in capsys.readouterr().out
+
+
+def test_a_run_of_the_sweep_leaves_its_rows(small_data, tmp_path, capsys):
+    """By real roll-outs, and shorter. A second call finds the rows there."""
+    flags = ["run", "--index", "1", "--folder", str(tmp_path), "--updates", "2", "--episodes", "2",
+             "--datasets", str(small_data.parent)]
+    scaling.main(flags)
+    row, = scaling.scaling_table(tmp_path).rows()
+    assert Job(*(row[column] for column in scaling.KEY)) == scaling.sweep()[1]
+    assert row["updates"] == 2 and row["flops"] > 0
+    assert np.isfinite([row[column] for column in ("return", "clone_loss", "critic_loss")]).all()
+    assert np.isfinite(row["Reacher-v5"]) and np.isnan(row["Pusher-v5"])  # there is no such data
+    scaling.main(flags)
+    assert "run 1 is in" in capsys.readouterr().out
+
+
+def test_the_plan_tells_what_is_missing(small_data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(scaling, "WIDTHS", (8,))
+    monkeypatch.setattr(scaling, "MEASURED_AT", ("w8",))
+    monkeypatch.setattr(scaling, "SHARES_AT", "w8")
+    rows = [row for row in made_rows(np.random.default_rng(0)) if row["size"] == "w8"]
+    write_made_table(tmp_path / "made", rows)
+    scaling.main(["plan", "--folder", str(tmp_path / "made"), "--datasets", str(small_data.parent)])
+    said = capsys.readouterr().out
+    jobs = scaling.sweep()
+    assert f"{len(jobs) - 1} of {len(jobs)} runs are missing" in said
+    assert said.count("in the table") == 1
+    assert all(job.name in said for job in jobs)
 
 
 def test_every_run_of_the_sweep_is_another_one():

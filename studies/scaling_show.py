@@ -1,4 +1,4 @@
-"""The figures of the scaling study, from its rows alone: `python -m studies.scaling plot`.
+"""What the scaling study shows: its figures, from the rows alone, and its tables, of the laws.
 
     scaling.png          return against operations, a line a size, and the best of all sizes
     scaling_optima.png   N_opt at each budget with its law, and where each size reaches a return
@@ -11,6 +11,7 @@ import numpy as np
 
 import plots
 from plots import plt
+from studies import print_table
 from studies.scaling_fit import (budgets_of, fit_loss, flat, loss_column, mean_profile, name_of,
                                  optima, profiles_of, rows_of)
 
@@ -18,13 +19,19 @@ LEVELS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of return
 OPERATIONS = "operations of the training"
 
 
-def panels(ways, height=1):
-    """A figure with a column for each way, and `height` rows of them."""
-    figure, axes = plt.subplots(height, len(ways), figsize=(3.2 * len(ways) + 0.6, 2.9 * height + 0.8),
-                                sharey="row", sharex="row", squeeze=False, layout="constrained")
-    for way, ax in zip(ways, axes[0]):
+def panels(ways):
+    """A figure with a panel for each way, three in a row -> the figure and these panels"""
+    across = min(3, len(ways))
+    down = -(-len(ways) // across)
+    figure, axes = plt.subplots(down, across, figsize=(3.4 * across, 2.9 * down + 0.8), sharex=True,
+                                sharey=True, squeeze=False, layout="constrained")
+    for ax in axes.flat[len(ways):]:
+        ax.remove()
+    for way, ax in zip(ways, axes.flat):
         ax.set_title(name_of(way), fontsize=9)
-    return figure, axes
+        ax.set_xlabel(OPERATIONS)
+        ax.xaxis.set_tick_params(labelbottom=True)
+    return figure, axes.flat[:len(ways)]
 
 
 def looks(number, count):
@@ -54,14 +61,13 @@ def profiles_figure(rows, ways):
     """Return against operations; grey: the best of all sizes at each budget."""
     figure, axes = panels(ways)
     names = size_names(rows)
-    for way, ax in zip(ways, axes[0]):
+    for way, ax in zip(ways, axes):
         profiles = draw_profiles(ax, rows_of(rows, way), names)
         found = optima(profiles, budgets_of(profiles))
         ax.plot(found.budgets, found.best, color="0.75", linewidth=6, zorder=0, label="the best")
-        ax.set_xlabel(OPERATIONS)
         ax.grid(color="0.9", linewidth=0.5)
-    axes[0, 0].set_ylabel("return (IQM of scores)")
-    plots.legend_below(figure, most_lines(axes[0]))
+    axes[0].set_ylabel("return (IQM of scores)")
+    plots.legend_below(figure, most_lines(axes))
     return figure
 
 
@@ -83,7 +89,7 @@ def first_at(profile, level):
 def optima_figure(rows, ways):
     """Lines of equal return, and N_opt with its law."""
     figure, axes = panels(ways)
-    for way, ax in zip(ways, axes[0]):
+    for way, ax in zip(ways, axes):
         profiles = [mean_profile(runs) for runs in profiles_of(rows_of(rows, way), "return")]
         params = np.array([profile.params for profile in profiles])
         for number, level in enumerate(LEVELS):
@@ -99,9 +105,9 @@ def optima_figure(rows, ways):
             line = np.polyfit(np.log(found.budgets[known]), np.log(found.params[known]), 1)
             ax.plot(np.exp(ends), np.exp(np.polyval(line, ends)), color="crimson", label="its law")
             ax.annotate(f"N_opt ∝ C^{line[0]:.2f}", (0.04, 0.92), xycoords="axes fraction")
-        ax.set(xscale="log", yscale="log", xlabel=OPERATIONS)
-    axes[0, 0].set_ylabel("parameters")
-    plots.legend_below(figure, most_lines(axes[0]))
+        ax.set(xscale="log", yscale="log")
+    axes[0].set_ylabel("parameters")
+    plots.legend_below(figure, most_lines(axes))
     return figure
 
 
@@ -173,3 +179,51 @@ def draw(rows, ways, folder):
         path = folder / f"{name}.png"
         plots.save(function(rows, shown), path)
         print(f"wrote {path}")
+
+
+# ---------------------------------------------------------------- tables
+
+def print_laws(laws):
+    """The laws that were fitted, and how well, as tables in markdown."""
+    fitted = {name: found for name, found in laws.items() if "return" in found}
+    rows = []
+    for name, found in fitted.items():
+        exponents = [of_law(found[of], letter) for of in ("return", "clone_loss", "critic_loss")
+                     for letter in "ab"]
+        rows.append([name, *exponents, of_law(found["return"], "gain")])
+    print_table(["", "return: a", "b", "cloning loss: a", "b", "critic loss: a", "b",
+                 "return a decade, in the last"], rows)
+    print_errors(fitted)
+    for kind in ("variants", "shares"):
+        for name, ends in laws[kind].items():
+            print(f"\n{name}\n")
+            rows = [[value, *end.values()] for value, end in ends.items()]
+            print_table([kind, *next(iter(ends.values()))], rows)
+
+
+def print_errors(fitted):
+    """What the estimator makes of a known law and of noise, and what was predicted."""
+    rows = []
+    for name, found in fitted.items():
+        law, noise = found["estimator"]["of_a_law"], found["estimator"]["of_noise_alone"]
+        ahead = found["held_out"]
+        predicted = [beside(end) for end in (ahead["return"]["return"],
+                                             ahead["clone_loss"]["at_the_end"],
+                                             ahead["critic_loss"]["at_the_end"])]
+        rows.append([name, f"{law['true_a']} → {law['mean_a']} ± {law['deviation']}",
+                     f"{noise['mean_a']} ± {noise['deviation']}", *predicted])
+    print()
+    print_table(["", "a of a known law → estimated", "a of noise alone",
+                 "return at the end: predicted, measured", "cloning loss", "critic loss"], rows)
+
+
+def beside(end):
+    return f"{end['predicted']:.3f}, {end['measured']:.3f}"
+
+
+def of_law(found, letter):
+    """A law's number with its interval, as text."""
+    low, mid, high = (found[letter][of] for of in ("low", "mid", "high"))
+    if mid is None:
+        return "-"
+    return f"{mid:.2f}" if low is None else f"{mid:.2f} [{low:.2f}, {high:.2f}]"
