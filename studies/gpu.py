@@ -9,12 +9,14 @@
     updates     whole updates at each size: kernels or plain, eager, compiled or graph, bf16 or fp32
     score       train.py --size small to its score, where gymnasium and mujoco are installed
 
-A stage is a process of its own and is ended when its time is up. Each result is a JSON line,
-appended at once to gpu.jsonl in $OUT, or in results/. Only torch, triton, numpy, tqdm, safetensors
-and matplotlib are needed. Without a GPU, TRITON_INTERPRET=1 is set for the stage.
+A stage is a process of its own and is ended when its time is up. It goes through its cases, of
+which each is a JSON line, appended at once to gpu.jsonl in $OUT, or in results/; what a case raises
+is in its line. Only torch, triton, numpy, tqdm, safetensors and matplotlib are needed. Without a
+GPU, TRITON_INTERPRET=1 is set for the stage.
 """
 
 import argparse
+import gc
 import importlib.util
 import json
 import os
@@ -66,6 +68,34 @@ def say(**row):
 
 def reason(error):
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def is_broken():
+    """Whether CUDA works no more, as after an illegal access or a capture that failed."""
+    try:
+        torch.randn(1, device=DEVICE).item()
+    except RuntimeError:
+        return True
+    return False
+
+
+def run_cases(stage, cases, first=0):
+    """Say a row for each case of a stage, a pair (about, measure), from the `first` on.
+
+    Where a case broke CUDA, this process becomes a new one, for the cases after it.
+    """
+    for number, (about, measure) in enumerate(cases):
+        if number < first:
+            continue
+        row = {"stage": stage, **about}
+        try:
+            row |= measure()
+        except Exception as error:
+            row["refused"] = reason(error)
+        say(**row)
+        if "refused" in row and is_broken():
+            again = ["-m", "studies.gpu", "--stage", stage, "--first", str(number + 1)]
+            os.execv(sys.executable, [sys.executable, *again])
 
 
 # ---------------------------------------------------------------- hand-made inputs
@@ -191,33 +221,20 @@ def doubled(tensor):
     return tensor.detach().double()
 
 
-def compare(fused, plain, inputs, others, **about):
-    """Say how far a kernel and plain PyTorch are from float64. Only inputs get gradients."""
+def compare(fused, plain, inputs, others):
+    """How far a kernel and plain PyTorch are from float64. Only inputs get gradients."""
     with poisoned():
         ours, again = [run(lambda *x: fused(*x, *others), inputs) for _ in range(2)]
     same = run(lambda *x: plain(*x, *others), inputs)
     precise = [doubled(x) for x in others]
     exact = run(lambda *x: plain(*x, *precise), [doubled(x).requires_grad_() for x in inputs])
     error, plain_error = worst(ours, exact), worst(same, exact)
-    say(stage="numerics", **about, error=error, plain_error=plain_error,
-        ok=error <= 2 * plain_error + 1e-6, same_bits=all(map(torch.equal, ours, again)))
+    return {"error": error, "plain_error": plain_error, "ok": error <= 2 * plain_error + 1e-6,
+            "same_bits": all(map(torch.equal, ours, again))}
 
 
-def check_nan():
-    """A NaN in any input of the Bellman target has to reach its loss."""
-    for position, what in enumerate(("logits", "next_probs", "shift", "scale", "returns")):
-        logits, target = bellman_inputs(4)
-        inputs = [logits.detach(), *target]
-        inputs[position][1] = NAN
-        loss = bellman_cross_entropy(*inputs, 0.5, backend="triton")
-        say(stage="numerics", kernel="bellman", what=f"NaN in {what}",
-            ok=loss.isnan().tolist() == [False, True, False, False])
-
-
-def numerics():
-    torch.manual_seed(0)
-    sizes = SIZES if GPU else ("tiny", "small", "large")
-    batch_size = 128 if GPU else 2
+def check_task_linear(what, batch_size):
+    learnt, rows, tables = task_inputs(what, "small" if GPU else "tiny", batch_size)
 
     def by_task(weight, bias, x, task, *tables):
         return task_linear(x, task, weight, bias, *tables, backend="triton")
@@ -225,20 +242,46 @@ def numerics():
     def by_task_plainly(weight, bias, x, task, *tables):
         return task_linear_reference(x, task, weight, bias, *tables)
 
-    for what in ("observations", "actions"):
-        learnt, rows, tables = task_inputs(what, "small" if GPU else "tiny", batch_size)
-        compare(by_task, by_task_plainly, learnt, (*rows, *tables), kernel="task_linear", what=what)
+    return compare(by_task, by_task_plainly, learnt, (*rows, *tables))
+
+
+def check_bellman(batch_size):
     logits, target = bellman_inputs(batch_size)
-    compare(partial(bellman_cross_entropy, backend="triton"), bellman_cross_entropy_reference,
-            [logits], (*target, 0.5), kernel="bellman", what="loss")
-    check_nan()
-    for dtype in (torch.float32, torch.bfloat16):
-        for shape in shapes(sizes):
-            if not GPU:
-                shape = shape._replace(heads=2)
-            inputs, mask = attention_inputs(shape, batch_size if shape.size != "l" else 16, dtype)
-            compare(partial(attention, backend="triton"), attention_reference, inputs, (mask,),
-                    kernel="attention", what=shape.what, size=shape.size, dtype=str(dtype))
+    return compare(partial(bellman_cross_entropy, backend="triton"),
+                   bellman_cross_entropy_reference, [logits], (*target, 0.5))
+
+
+def check_nan(position):
+    """A NaN in any input of the Bellman target has to reach its loss."""
+    logits, target = bellman_inputs(4)
+    inputs = [logits.detach(), *target]
+    inputs[position][1] = NAN
+    loss = bellman_cross_entropy(*inputs, 0.5, backend="triton")
+    return {"ok": loss.isnan().tolist() == [False, True, False, False]}
+
+
+def check_attention(shape, batch_size, dtype):
+    inputs, mask = attention_inputs(shape, batch_size, dtype)
+    return compare(partial(attention, backend="triton"), attention_reference, inputs, (mask,))
+
+
+def numerics():
+    torch.manual_seed(0)
+    sizes = SIZES if GPU else ("tiny", "small", "large")
+    batch_size = 128 if GPU else 2
+    for what in ("observations", "actions"):
+        about = {"kernel": "task_linear", "what": what}
+        yield about, partial(check_task_linear, what, batch_size)
+    yield {"kernel": "bellman", "what": "loss"}, partial(check_bellman, batch_size)
+    for position, what in enumerate(("logits", "next_probs", "shift", "scale", "returns")):
+        yield {"kernel": "bellman", "what": f"NaN in {what}"}, partial(check_nan, position)
+    for shape in shapes(sizes):
+        if not GPU:
+            shape = shape._replace(heads=2)
+        rows = 16 if shape.size == "l" else batch_size
+        for dtype in (torch.float32, torch.bfloat16):
+            about = {"kernel": "attention", "what": shape.what, "size": shape.size}
+            yield about | {"dtype": str(dtype)}, partial(check_attention, shape, rows, dtype)
 
 
 # ---------------------------------------------------------------- kernels
@@ -269,24 +312,21 @@ def host_us(function, count=100):
     return 1e6 * took / count
 
 
-def time_contender(function, inputs, **about):
-    """Say how long a contender takes, forward, and forward and backward; or why it does not run."""
-    row = {"stage": "kernels", **about}
-    try:
-        grad = torch.randn_like(function(*inputs))
+def time_contender(function, inputs):
+    """How long a contender takes, forward, and forward and backward."""
+    grad = torch.randn_like(function(*inputs))  # not every backend takes every shape
 
-        def forward():
-            with torch.no_grad():
-                function(*inputs)
+    def forward():
+        with torch.no_grad():
+            function(*inputs)
 
-        def both():
-            torch.autograd.grad(function(*inputs), inputs, grad)
+    def both():
+        torch.autograd.grad(function(*inputs), inputs, grad)
 
-        for name, part in (("forward", forward), ("both", both)):
-            row[f"{name}_us"], row[f"{name}_host_us"] = graph_us(part), host_us(part)
-    except Exception as error:  # not every backend takes every shape
-        row["refused"] = reason(error)
-    say(**row)
+    row = {}
+    for name, part in (("forward", forward), ("both", both)):
+        row[f"{name}_us"], row[f"{name}_host_us"] = graph_us(part), host_us(part)
+    return row
 
 
 def with_sdpa(backend, mask):
@@ -309,35 +349,33 @@ def kernels(batch_size=128, sizes=("small", "large", "s")):
     from torch.nn.attention.flex_attention import flex_attention
     cases = []
     for shape in shapes(sizes):
-        cases.append((shape, *attention_inputs(shape, batch_size, torch.bfloat16)))
-    for shape, inputs, mask in cases:
         about = {"kernel": "attention", **shape._asdict(), "B": batch_size}
-        ours = partial(attention, mask=mask, backend="triton")
-        time_contender(ours, inputs, **about, contender="ours")
-        plain = partial(attention_plain, mask=mask)
-        time_contender(plain, inputs, **about, contender="sdpa, its choice")
+        cases.append((about, *attention_inputs(shape, batch_size, torch.bfloat16)))
+    for about, inputs, mask in cases:
+        contenders = {"ours": partial(attention, mask=mask, backend="triton"),
+                      "sdpa, its choice": partial(attention_plain, mask=mask)}
         for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
-            backend = with_sdpa(getattr(SDPBackend, name), mask)
-            time_contender(backend, inputs, **about, contender=f"sdpa {name.lower()}")
+            contenders[f"sdpa {name.lower()}"] = with_sdpa(getattr(SDPBackend, name), mask)
+        for name, contender in contenders.items():
+            yield about | {"contender": name}, partial(time_contender, contender, inputs)
     for size in sizes:
         for what in ("observations", "actions"):
-            learnt, rows, tables = task_inputs(what, size, batch_size)
+            learnt, (x, task), tables = task_inputs(what, size, batch_size)
             about = {"kernel": "task_linear", "size": size, "what": what, "B": batch_size}
-            for contender in ("triton", "plain"):
-                time_contender(lambda *x: task_linear(rows[0], rows[1], *x, *tables,
-                                                      backend=contender),
-                               learnt, **about, contender=contender)
+            for name in ("triton", "plain"):
+                contender = lambda *learnt: task_linear(x, task, *learnt, *tables, backend=name)
+                yield about | {"contender": name}, partial(time_contender, contender, learnt)
     logits, target = bellman_inputs(batch_size)
-    about = {"kernel": "bellman", "B": batch_size}
-    for contender in ("triton", "plain"):
-        loss = partial(bellman_cross_entropy, backend=contender)
-        time_contender(lambda x: loss(x, *target, 0.5), [logits], **about, contender=contender)
-    for shape, inputs, mask in cases:  # last, since compiling takes seconds each
-        about = {"kernel": "attention", **shape._asdict(), "B": batch_size}
-        written_out = partial(attention_reference, mask=mask)
-        time_contender(compiled(written_out), inputs, **about, contender="compiled")
+    for name in ("triton", "plain"):
+        contender = lambda x: bellman_cross_entropy(x, *target, 0.5, backend=name)
+        about = {"kernel": "bellman", "B": batch_size, "contender": name}
+        yield about, partial(time_contender, contender, [logits])
+    for about, inputs, mask in cases:  # last, since compiling takes seconds each
+        written_out = compiled(partial(attention_reference, mask=mask))
+        yield about | {"contender": "compiled"}, partial(time_contender, written_out, inputs)
         if mask is None:
-            time_contender(compiled(flex_attention), inputs, **about, contender="flex")
+            flex = compiled(flex_attention)
+            yield about | {"contender": "flex"}, partial(time_contender, flex, inputs)
 
 
 # ---------------------------------------------------------------- updates
@@ -424,8 +462,9 @@ def on_paper(size, batch_size):
             sum(memory(learner, batch_size).values()) / 1e9)
 
 
-def measure_updates(size, way, rates, batch_size):
+def measure_way(size, way, rates, batch_size):
     """A row of what updates at a size take, made in a way."""
+    gc.collect()  # a learner holds itself
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     learner, candidates = new_learner(size, batch_size)
@@ -457,33 +496,36 @@ def measure_updates(size, way, rates, batch_size):
             "dry_run_GB": dry_run}
 
 
+def measure_updates(size, way, *others):
+    with made(way):
+        return measure_way(size, way, *others)
+
+
 def updates(batch_size=128, order=ORDER):
     rates = {True: matrix_rate(torch.bfloat16), False: matrix_rate(torch.float32)}
     say(stage="updates", bf16_TFLOPs=rates[True] / 1e12, fp32_TFLOPs=rates[False] / 1e12)
     ways = WAYS | COMPILED
     for size, name in order:
-        row = {"stage": "updates", "size": size, "way": name, "B": batch_size}
-        try:
-            with made(ways[name]):
-                row |= measure_updates(size, ways[name], rates, batch_size)
-        except Exception as error:
-            row["refused"] = reason(error)
-        say(**row)
+        about = {"size": size, "way": name, "B": batch_size}
+        yield about, partial(measure_updates, size, ways[name], rates, batch_size)
 
 
 # ---------------------------------------------------------------- the score
 
-def score():
+def train_to_the_end():
     missing = [name for name in ("gymnasium", "mujoco") if not importlib.util.find_spec(name)]
     if missing:
-        say(stage="score", refused=f"not installed: {', '.join(missing)}")
-        return
+        raise ImportError(f"not installed: {', '.join(missing)}")
     out = Path(os.environ.get("OUT", "runs")) / f"gpu-{int(time.time())}"
     begin = time.perf_counter()
     subprocess.run([sys.executable, "train.py", "--size", "small", "--out", out], check=True,
                    cwd=RESULTS.parent)
     summary = json.loads((out / "eval.json").read_text())
-    say(stage="score", minutes=(time.perf_counter() - begin) / 60, iqm=summary["iqm"])
+    return {"minutes": (time.perf_counter() - begin) / 60, "iqm": summary["iqm"]}
+
+
+def score():
+    yield {}, train_to_the_end
 
 
 # ---------------------------------------------------------------- one process a stage
@@ -510,8 +552,14 @@ def run_stage(name, on_cpu):
     return ended == "exit code 0"
 
 
+def is_sound(row):
+    """Other stages may refuse a case; of the numerics each has to run."""
+    return row.get("ok", row.get("stage") != "numerics" or "refused" not in row)
+
+
 def print_updates(path, begin):
-    """The table of the updates among the lines that a file has from an offset on."""
+    """The table of the updates among the lines that a file has from an offset on -> are all sound?
+    """
     with open(path) as file:
         file.seek(begin)
         rows = [json.loads(line) for line in file]
@@ -524,7 +572,7 @@ def print_updates(path, begin):
             shown.append([cell if isinstance(cell, str) else f"{cell:.3g}" for cell in cells])
     if shown:
         print_table(columns, shown)
-    return all(row.get("ok", True) for row in rows)
+    return all(map(is_sound, rows))
 
 
 def main():
@@ -533,10 +581,12 @@ def main():
     parser.add_argument("--cpu", action="store_true", help="the numerics alone, interpreted")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)  # in this process
+    parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)  # case of the stage
     args = parser.parse_args()
     if args.stage:
-        STAGES[args.stage]()
+        run_cases(args.stage, STAGES[args.stage](), args.first)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the stage in hand ends too
     if triton_support.triton is None:
         sys.exit("studies.gpu needs the package triton (Linux only)")
     if not GPU and not args.cpu:

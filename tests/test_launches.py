@@ -24,7 +24,8 @@ from studies.gpu import metas, new_learner
 from studies.kernels import Traffic
 
 # What an update of PAC at size `small` launches, the choice of its rows and the optimiser included:
-# 96 matrix products, 45 of LayerNorm and the rest in small steps. Fewer is better.
+# 96 matrix products, 45 of LayerNorm and the rest in small steps (studies/README.md has the parts).
+# Fewer is better.
 LAUNCHES = 432
 
 needs_triton = pytest.mark.skipif(triton_support.triton is None, reason="triton is not installed")
@@ -211,7 +212,7 @@ def cpu_as_gpu(monkeypatch, tmp_path):
 
 
 def test_the_kernels_stage_leaves_a_line_a_contender(cpu_as_gpu):
-    gpu.kernels(2, ("tiny",))
+    gpu.run_cases("kernels", gpu.kernels(2, ("tiny",)))
     lines = cpu_as_gpu()
     ran = [line for line in lines if "refused" not in line]
     assert {"sdpa, its choice", "plain", "compiled"} <= {line["contender"] for line in ran}
@@ -223,7 +224,7 @@ def test_the_kernels_stage_leaves_a_line_a_contender(cpu_as_gpu):
 
 def test_the_updates_stage_leaves_a_line_a_way(cpu_as_gpu):
     order = [("tiny", name) for name in gpu.WAYS]
-    gpu.updates(8, order)
+    gpu.run_cases("updates", gpu.updates(8, order))
     lines = cpu_as_gpu()[1:]
     assert [line["way"] for line in lines] == list(gpu.WAYS)
     for line in lines:
@@ -234,3 +235,27 @@ def test_a_stage_ends_when_its_time_is_up(cpu_as_gpu, monkeypatch):
     monkeypatch.setitem(gpu.SECONDS, "updates", 0.1)
     assert not gpu.run_stage("updates", False)
     assert cpu_as_gpu()[-1]["ended"] == "out of time"
+
+
+def test_what_a_case_raises_is_in_its_line_and_the_others_run(cpu_as_gpu, monkeypatch):
+    def out_of_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 TB")
+
+    begun = []
+    monkeypatch.setattr("os.execv", lambda _, command: begun.append(command[-2:]))
+    for broken in (False, True):
+        monkeypatch.setattr(gpu, "is_broken", lambda: broken)
+        cases = [({"way": 0}, lambda: {"ms": 1}), ({"way": 1}, out_of_memory),
+                 ({"way": 2}, lambda: {"ms": 2})]
+        gpu.run_cases("updates", cases, first=broken)
+    lines = [(line["way"], line.get("ms", line.get("refused"))) for line in cpu_as_gpu()]
+    refused = (1, "OutOfMemoryError: CUDA out of memory.")
+    assert lines == [(0, 1), refused, (2, 2), refused, (2, 2)]
+    assert begun == [["--first", "2"]]  # where CUDA was broken, a new process has the rest
+
+
+def test_numerics_that_did_not_run_are_not_sound():
+    assert gpu.is_sound({"stage": "updates", "refused": "no memory"})
+    assert not gpu.is_sound({"stage": "numerics", "refused": "an illegal access"})
+    assert not gpu.is_sound({"stage": "numerics", "ok": False})
+    assert gpu.is_sound({"stage": "numerics", "ended": "exit code 0"})
