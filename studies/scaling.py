@@ -393,8 +393,9 @@ def plan(jobs, missing, args):
             seconds += price
         state = f"{seconds / 3600:.1f} core-hours so far" if job in missing else "in the table"
         print(f"{index:>3}  {job.name:<44} {price / 60:>4.0f} min, {state}")
-    print(f"\n{len(missing)} of {len(jobs)} runs are missing: {seconds / 3600:.1f} hours of a core, "
-          f"{seconds / 3600 / args.workers:.1f} with --workers {args.workers}")
+    hours = seconds / 3600
+    print(f"\n{len(missing)} of {len(jobs)} runs are missing: {hours:.1f} hours of a core, "
+          f"{hours / args.workers:.1f} with --workers {args.workers}")
 
 
 # ---------------------------------------------------------------- the command

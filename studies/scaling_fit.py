@@ -115,13 +115,14 @@ def optima(profiles, budgets):
     values = np.array([at_budget(profile, profile.value, budgets) for profile in profiles])
     seen = np.array([at_budget(profile, np.log(profile.transitions), budgets)
                      for profile in profiles])
-    params, transitions = [], []
-    for value, log_d in zip(values.T, seen.T):
+    params, transitions = np.full((2, len(budgets)), np.nan)
+    for number, (value, log_d) in enumerate(zip(values.T, seen.T)):
         known = np.isfinite(value)
         place = top(log_n[known], value[known])
-        params.append(np.exp(place))
-        transitions.append(np.exp(np.interp(place, log_n[known], log_d[known])))
-    return Optima(budgets, np.nanmax(values, axis=0), np.array(params), np.array(transitions))
+        if np.isfinite(place):
+            params[number] = np.exp(place)
+            transitions[number] = np.exp(np.interp(place, log_n[known], log_d[known]))
+    return Optima(budgets, np.nanmax(values, axis=0), params, transitions)
 
 
 def top(x, y):
