@@ -36,12 +36,13 @@ from learner import RISE, Learner, cloning_loss, data_weights, settings_for
 from model import SIZES, ModelConfig, config_for, count_parameters
 from studies import print_table, scaling_fit, scaling_show
 from studies.ladder import Table, at_a_time, call
+from studies.scaling_fit import BATCH, HALF
 from train import random_streams
 
 WIDTHS = (8, 16, 32, 64, 96, 128)
 EVALUATED = (64, 128, 256, 512, 1024, 2048, 4096)  # updates after which a run is evaluated
-WARMUP, HALF = 512, 2048  # updates on the observed returns alone; and on half of them, until then
-BATCH, EPISODES = 128, 3  # transitions an update; episodes a task and evaluation
+WARMUP = 512  # updates on the observed returns alone; from then to HALF on half of them
+EPISODES = 3  # a task and evaluation
 SAVE_EVERY = 256  # updates between checkpoints
 HELD_OUT = 20  # one episode in so many is not trained on
 HELD_OUT_STATES = 4096
@@ -392,8 +393,9 @@ def plan(jobs, missing, args):
             seconds += price
         state = f"{seconds / 3600:.1f} core-hours so far" if job in missing else "in the table"
         print(f"{index:>3}  {job.name:<44} {price / 60:>4.0f} min, {state}")
-    print(f"\n{len(missing)} of {len(jobs)} runs are missing: {seconds / 3600:.1f} hours of a core, "
-          f"{seconds / 3600 / args.workers:.1f} with --workers {args.workers}")
+    hours = seconds / 3600
+    print(f"\n{len(missing)} of {len(jobs)} runs are missing: {hours:.1f} hours of a core, "
+          f"{hours / args.workers:.1f} with --workers {args.workers}")
 
 
 # ---------------------------------------------------------------- the command

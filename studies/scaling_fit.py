@@ -25,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 BATCH = 128  # transitions an update
+HALF = 2048  # updates until when the critic learns the returns that were observed, wholly or half
 BUDGETS = 25  # log-spaced, over all that was measured
 RESAMPLES = 200  # of the returns
 LOSS_RESAMPLES = 40  # of the losses: each is a fit of its own
@@ -114,13 +115,14 @@ def optima(profiles, budgets):
     values = np.array([at_budget(profile, profile.value, budgets) for profile in profiles])
     seen = np.array([at_budget(profile, np.log(profile.transitions), budgets)
                      for profile in profiles])
-    params, transitions = [], []
-    for value, log_d in zip(values.T, seen.T):
+    params, transitions = np.full((2, len(budgets)), np.nan)
+    for number, (value, log_d) in enumerate(zip(values.T, seen.T)):
         known = np.isfinite(value)
         place = top(log_n[known], value[known])
-        params.append(np.exp(place))
-        transitions.append(np.exp(np.interp(place, log_n[known], log_d[known])))
-    return Optima(budgets, np.nanmax(values, axis=0), np.array(params), np.array(transitions))
+        if np.isfinite(place):
+            params[number] = np.exp(place)
+            transitions[number] = np.exp(np.interp(place, log_n[known], log_d[known]))
+    return Optima(budgets, np.nanmax(values, axis=0), params, transitions)
 
 
 def top(x, y):
@@ -221,30 +223,32 @@ def huber(residual):
     return np.where(size < DELTA, size**2 / 2, DELTA * (size - DELTA / 2)).sum()
 
 
-def improve(law, n, d, loss, steps):
-    """Levenberg and Marquardt's steps on log L, its rows weighted anew in each for Huber's loss."""
+def step_of(law, n, d, loss, damping):
+    """A step of Levenberg and Marquardt for log L, its rows weighted as Huber's loss has it."""
     log_n, log_d = np.log(n / law.scale[0]), np.log(d / law.scale[1])
-    damping = 1e-2
-    now = huber(np.log(law.loss(n, d)) - np.log(loss))
+    parts = np.array(law.parts(n, d))
+    of_e, of_a, of_b = parts / parts.sum(0)  # the derivatives of log L by e, a and b
+    slopes = np.stack([of_e, of_a, of_b, -of_a * log_n, -of_b * log_d])  # (5, rows)
+    residual = np.log(parts.sum(0) / loss)
+    weighted = slopes / np.maximum(1, np.abs(residual) / DELTA)
+    square = weighted @ slopes.T
+    square += damping * np.diag(np.diag(square) + 1e-9)
+    return np.linalg.solve(square, weighted @ residual)
+
+
+def improve(law, n, d, loss, steps):
+    """The Law after so many steps, or when none helps any more -> it, and its Huber loss"""
+    damping, now = 1e-2, huber(np.log(law.loss(n, d) / loss))
     for _ in range(steps):
-        parts = np.array(law.parts(n, d))
-        total = parts.sum(0)
-        residual = np.log(total) - np.log(loss)
-        of_e, of_a, of_b = parts / total
-        jacobian = np.stack([of_e, of_a, of_b, -of_a * log_n, -of_b * log_d], axis=1)  # (rows, 5)
-        weight = 1 / np.maximum(1, np.abs(residual) / DELTA)
-        square = jacobian.T @ (weight[:, None] * jacobian)
-        square += np.diag(damping * (np.diag(square) + 1e-9))
-        step = np.linalg.solve(square, jacobian.T @ (weight * residual))
-        theta = law.theta - np.clip(step, -1, 1)
+        theta = law.theta - np.clip(step_of(law, n, d, loss, damping), -1, 1)
         theta = np.clip(theta, -20, 20)
         theta[3:] = np.clip(theta[3:], 0.01, 3)  # a loss does not rise with N or D
-        new = law._replace(theta=theta)
-        then = huber(np.log(new.loss(n, d)) - np.log(loss))
+        tried = law._replace(theta=theta)
+        then = huber(np.log(tried.loss(n, d) / loss))
         if then < now:
-            law, now, damping = new, then, max(damping / 3, 1e-9)
-        else:
-            damping *= 4
+            law, now, damping = tried, then, max(damping / 3, 1e-9)
+            continue
+        damping *= 4
         if damping > 1e6:
             break
     return law, now
@@ -358,12 +362,6 @@ def predicted_sizes(budgets, params, measured):
     return {"budgets_compared": int(ahead.sum()), "wrong_by_factor": finite(factor)}
 
 
-def rank_correlation(x, y):
-    """Spearman's: of the ranks."""
-    ranks = [np.argsort(np.argsort(values)) for values in (x, y)]
-    return np.corrcoef(*ranks)[0, 1]
-
-
 # ---------------------------------------------------------------- synthetic sweeps: the bias
 
 def synthetic(sizes, rng, noise, alpha=0.5, beta=0.5, size=0.35):
@@ -409,20 +407,31 @@ def laws_of(rows, way):
     sizes = profiles_of(rows, "return")
     if len(sizes) < FEWEST:
         return {"sizes": len(sizes), "why_not": f"a law needs {FEWEST} sizes"}
-    found = {"sizes": len(sizes), "seeds": len({row["seed"] for row in rows}),
-             "return": return_laws(sizes)}
     noise = float(np.mean([run.std.mean() for runs in sizes for run in runs]))
-    found["estimator"] = {"noise": finite(noise), "of_a_law": recovery(sizes, noise),
-                          "of_noise_alone": recovery(sizes, noise, size=0)}
-    found["held_out"] = {"return": predicted_return(sizes)}
-    returns, correlations = np.array([row["return"] for row in rows]), {}
+    found = {"sizes": len(sizes), "seeds": len({row["seed"] for row in rows}),
+             "return": return_laws(sizes), "held_out": {"return": predicted_return(sizes)},
+             "estimator": {"noise": finite(noise), "of_a_law": recovery(sizes, noise),
+                           "of_noise_alone": recovery(sizes, noise, size=0)}}
     for name, column in (("clone_loss", loss_column(way)), ("critic_loss", "critic_loss")):
-        of_loss = profiles_of(rows, column)
+        some = rows
+        if name == "critic_loss":
+            some = [row for row in rows if row["updates"] <= HALF]
+        of_loss = profiles_of(some, column)
         found[name] = loss_law(of_loss)
+        found[name]["rank_correlation_with_the_return"] = correlations(some, column)
         found["held_out"][name] = predicted_losses(of_loss)
-        losses = np.array([row[column] for row in rows])
-        correlations[name] = finite(rank_correlation(losses, returns))
-    found["rank_correlation_with_the_return"] = correlations
+    return found
+
+
+def correlations(rows, column):
+    """Spearman's, of a loss and the return: over all rows, and over the runs' ends alone."""
+    last = max(row["updates"] for row in rows)
+    ends = [row for row in rows if row["updates"] == last]
+    found = {}
+    for name, some in (("all", rows), ("ends", ends)):
+        pairs = np.array([(row[column], row["return"]) for row in some])
+        ranks = pairs.argsort(0).argsort(0)
+        found[name] = finite(np.corrcoef(ranks.T)[0, 1])
     return found
 
 
