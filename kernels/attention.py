@@ -11,9 +11,9 @@ The maths, for one head of one sample (q: Lq x D; k, v: Lk x D; dO is the gradie
 
 The kernels walk over tiles of P and keep none of them (FlashAttention, Dao et al. 2022, arXiv
 2205.14135): the forward pass saves lse alone, 4 bytes a query, and the backward pass recomputes P.
-Backward, dQ sums over keys, and dK and dV over queries. A program that owns all queries of a head and
-walks over its keys finishes all three: five products. Where neither side fits one tile, one kernel
-per side does seven, and neither needs atomics.
+Backward, dQ sums over keys, and dK and dV over queries. A program that owns all queries of a head
+and walks over its keys finishes all three: five products. Where neither side fits one tile, one
+kernel per side does seven, and neither needs atomics.
 """
 
 from typing import NamedTuple
@@ -54,7 +54,7 @@ def attention_reference(q, k, v, mask=None):
 
 
 def attention_short(q, k, v, mask=None):
-    """The same with the keys before heads and queries, whose softmax a CPU vectorises where there are few keys."""
+    """The same, keys before heads and queries: a CPU vectorises this softmax where keys are few."""
     scores = ((k * q.shape[-1] ** -0.5) @ q.transpose(-2, -1)).transpose(1, 2)  # (B, Lk, H, Lq)
     padding = None if mask is None else ~mask[:, :, None, None]  # (B, Lk, 1, 1)
     if mask is not None:
@@ -66,7 +66,10 @@ def attention_short(q, k, v, mask=None):
 
 
 def attention_plain(q, k, v, mask=None):
-    """The fastest plain PyTorch: SDPA, except on a CPU for half precision, where its backward is slow, and short lengths."""
+    """The fastest plain PyTorch: SDPA, with two exceptions on a CPU.
+
+    Its backward pass is slow there in half precision, and attention_short is faster for few keys.
+    """
     if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
         return attention_reference(q, k, v, mask)
     if q.device.type == "cpu" and q.shape[2] >= 4 and k.shape[2] <= 24:
@@ -76,9 +79,10 @@ def attention_plain(q, k, v, mask=None):
 
 
 # ---------------------------------------------------------------- the kernels
-# Names: i counts queries, j keys, `head` the B * H heads. A tile's rows past the end are zeros: such a
-# query has dO = 0 and gives nothing; such a key is not attended to. What the kernels write, and dO, lies
-# in memory as (B, L, H, D), the layout of the linear layers on either side; q, k and v bring strides.
+# Names: i counts queries, j keys, `head` the B * H heads. A tile's rows past the end are zeros: a
+# query there has dO = 0 and gives nothing, and a key there is not attended to. What the kernels
+# write, and dO, lies in memory as (B, L, H, D), the layout of the linear layers on either side. The
+# inputs q, k and v bring their strides.
 
 
 @jit()
@@ -122,7 +126,7 @@ def forward_kernel(
     v_ptr += b * v_b + h * v_h
 
     q = load_tile(q_ptr + b * q_b + h * q_h, start_q, q_l, len_q, BLOCK_Q, D)
-    # The running maximum starts finite, so that -inf minus it is -inf and a row without keys gives zeros.
+    # The maximum starts finite, so that -inf minus it is -inf and a row without keys gives zeros.
     highest = tl.full((BLOCK_Q,), -1e30, tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     out = tl.zeros((BLOCK_Q, D), tl.float32)
@@ -143,7 +147,8 @@ def forward_kernel(
     out_ptr += b * len_q * width + h * D
     store_tile(out_ptr, out / total[:, None], start_q, width, len_q, BLOCK_Q, D)
     i = start_q + tl.arange(0, BLOCK_Q)
-    tl.store(lse_ptr + head * len_q + i, highest + tl.log2(total), mask=i < len_q)  # in bits, like s
+    lse = highest + tl.log2(total)  # in bits, like s
+    tl.store(lse_ptr + head * len_q + i, lse, mask=i < len_q)
 
 
 @jit("num_heads", "len_q", "len_k")
@@ -197,7 +202,7 @@ def backward_by_keys_kernel(
     ONE_PASS: tl.constexpr,  # this tile holds every key, so that dQ is complete too
     HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A program owns a tile of keys and walks over the queries. Scores are transposed: (keys, queries)."""
+    """A program owns a tile of keys and walks over the queries. Scores are (keys, queries)."""
     num_tiles = tl.cdiv(len_k, BLOCK_K)
     head = (tl.program_id(0) // num_tiles).to(tl.int64)
     b, h = head // num_heads, head % num_heads
@@ -249,10 +254,10 @@ KERNELS = {
 }
 BF16, FP32 = torch.bfloat16, torch.float32
 
-# LAUNCHES[target][kernel, dtype][head width]: what runs, and what tests/test_kernels.py compiles for
-# every target. None spills registers; 64 rows are the least that wgmma and tcgen05 multiply. Exact fp32
-# is plain arithmetic on registers, so its tiles are small. Where the tile of by_queries (by_keys)
-# covers all queries (keys), the backward pass is one pass.
+# LAUNCHES[target][kernel, dtype][head width]: what runs, and what tests/test_kernels.py compiles
+# for every target. None spills registers; 64 rows are the least that wgmma and tcgen05 multiply.
+# Exact fp32 is plain arithmetic on registers, so its tiles are small. Where the tile of by_queries
+# (by_keys) covers all queries (keys), the backward pass is one pass.
 WIDTHS = (16, 32, 64)  # of heads
 FP32_LAUNCHES = {
     ("forward", FP32): dict.fromkeys(WIDTHS, Launch(32, 32, 8, 1)),
@@ -275,7 +280,10 @@ LAUNCHES = {
     "sm_100": {
         ("forward", BF16): dict.fromkeys(WIDTHS, Launch(64, 64, 4, 3)),
         ("by_queries", BF16): dict.fromkeys(WIDTHS, Launch(64, 64, 8, 2)),
-        ("by_keys", BF16): {**dict.fromkeys(WIDTHS, Launch(64, 64, 8, 2)), 16: Launch(64, 64, 4, 2)},
+        ("by_keys", BF16): {
+            **dict.fromkeys(WIDTHS, Launch(64, 64, 8, 2)),
+            16: Launch(64, 64, 4, 2),
+        },
         **FP32_LAUNCHES,
     },
     "gfx942": {
@@ -296,7 +304,7 @@ def rows_contiguous(tensor):
 
 
 def new_heads(q, length):
-    """An uninitialised (B, H, length, D) lying as (B, length, H, D), which merges heads without a copy."""
+    """An uninitialised (B, H, length, D), stored (B, length, H, D): heads merge without a copy."""
     batch, heads, _, width = q.shape
     return q.new_empty(batch, length, heads, width).transpose(1, 2)
 
@@ -328,7 +336,10 @@ def backward_outputs(dout, q, k, v, mask, out, lse):
     return new_heads(q, q.shape[2]), new_heads(q, k.shape[2]), new_heads(q, k.shape[2])
 
 
-@operator("attention(Tensor q, Tensor k, Tensor v, Tensor? mask) -> (Tensor, Tensor)", forward_outputs)
+@operator(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask) -> (Tensor, Tensor)",
+    forward_outputs,
+)
 def attention_forward(q, k, v, mask):
     """-> the output (B, H, Lq, D), and lse (B, H, Lq)"""
     out, lse = forward_outputs(q, k, v, mask)
@@ -337,8 +348,8 @@ def attention_forward(q, k, v, mask):
 
 
 @operator(
-    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor lse)"
-    " -> (Tensor, Tensor, Tensor)",
+    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? mask,"
+    " Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor)",
     backward_outputs,
 )
 def attention_backward(dout, q, k, v, mask, out, lse):
@@ -396,13 +407,17 @@ def attention(q, k, v, mask=None, backend=None):
     """Attend from q to k and v, with softmax(q k^T / sqrt(D)).
 
     q: (B, H, Lq, D); k, v: (B, H, Lk, D); mask: (B, Lk) bool, True = attend. Returns (B, H, Lq, D).
-    A sample whose keys are all masked gets zeros. backend: None chooses, "triton" or "plain" insists.
+    A sample whose keys are all masked gets zeros.
+
+    backend: None chooses, "triton" or "plain" insists.
     """
     batch, heads, _, width = q.shape
     if k.shape != v.shape or k.shape[:2] != (batch, heads) or k.shape[3] != width:
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not match")
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}"
+        raise ValueError(f"{shapes} do not match")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, k.shape[2])):
-        raise ValueError(f"mask must be bool {(batch, k.shape[2])}, not {mask.dtype} {tuple(mask.shape)}")
+        given = f"{mask.dtype} {tuple(mask.shape)}"
+        raise ValueError(f"mask must be bool {(batch, k.shape[2])}, not {given}")
     if use_kernel("attention", backend, q.device, kernel_limit(q, k, v)):
         return FusedAttention.apply(q, k, v, mask)
     return attention_plain(q, k, v, mask)

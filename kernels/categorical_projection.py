@@ -2,18 +2,18 @@
 
 The maths. A value is a distribution over M atoms z_i = i / (M - 1) on [0, 1]; delta = 1 / (M - 1).
 The Bellman operator moves atom j to z'_j = clip(shift + scale * z_j, 0, 1), off the grid. C51
-(Bellemare et al. 2017, arXiv 1707.06887, eq. 7) splits its mass linearly between its two neighbours:
+(Bellemare et al. 2017, arXiv 1707.06887, eq. 7) splits its mass linearly between two neighbours:
 
     (project p)_i = sum_j p_j hat(i, z'_j),     hat(i, z) = max(0, 1 - |z - z_i| / delta)
 
 The target mixes the bootstrapped distribution with the observed return R, a point mass:
 
     Gamma = (1 - mc_share) project(p) + mc_share hat(., clip(R, 0, 1))
-    loss  = -sum_i Gamma_i log softmax(q_logits)_i,      dloss / dq_logits = softmax(q_logits) - Gamma
+    loss  = -sum_i Gamma_i log softmax(q_logits)_i,   dloss / dq_logits = softmax(q_logits) - Gamma
 
 The kernel holds a row's target in registers: a program sums the hats of all M atoms over all M
-destinations, and leaves the loss and its gradient, so that the backward pass is one product with the
-incoming gradient. In PyTorch the same is about thirty launches, each of which moves almost nothing.
+destinations, and leaves the loss and its gradient, so that the backward pass is one product with
+the incoming gradient. In PyTorch the same is about thirty launches, which move almost nothing.
 """
 
 from typing import NamedTuple
@@ -37,10 +37,11 @@ def project(probs, shift, scale):
     """
     num_atoms = probs.shape[-1]
     atoms = torch.linspace(0, 1, num_atoms, dtype=probs.dtype, device=probs.device)  # (M,)
-    moved = (shift[:, None] + scale[:, None] * atoms).clamp(0, 1) * (num_atoms - 1)  # (B, M), in atoms
+    # Where each atom goes, counted in atoms: (B, M).
+    moved = (shift[:, None] + scale[:, None] * atoms).clamp(0, 1) * (num_atoms - 1)
     lower = moved.floor().clamp(max=num_atoms - 2)  # the last atom is its neighbour's upper end
     to_upper = probs * (moved - lower)
-    lower = lower.long().clamp(0, num_atoms - 2)  # NaN as an index is out of bounds; its mass is NaN
+    lower = lower.long().clamp(0, num_atoms - 2)  # NaN is no index; its mass stays NaN
     target = torch.zeros_like(probs).scatter_add(-1, lower, probs - to_upper)
     return target.scatter_add(-1, lower + 1, to_upper)
 
@@ -100,7 +101,8 @@ def cross_entropy_kernel(
     observed = clip(1.0 - tl.abs(returns - i), 1.0)
     gamma = tl.where(exists, (1.0 - mc_share) * bootstrapped + mc_share * observed, 0.0)
 
-    logits = tl.load(q_logits_ptr + row * num_atoms + i, mask=exists, other=float("-inf")).to(tl.float32)
+    logits = tl.load(q_logits_ptr + row * num_atoms + i, mask=exists, other=float("-inf"))
+    logits = logits.to(tl.float32)
     logits -= tl.max(logits, 0)
     total = tl.sum(tl.exp(logits), 0)
     log_prob = tl.where(exists, logits - tl.log(total), 0.0)
@@ -119,7 +121,7 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-# LAUNCHES[target][M rounded up to a power of two]: what runs, and what tests/test_kernels.py compiles.
+# LAUNCHES[target][M rounded up to a power of two]: what runs, and what the tests compile.
 ANYWHERE = {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(16, 4, 1)}
 LAUNCHES = {target: ANYWHERE for target in ("sm_80", "sm_90", "sm_100", "gfx942")}
 
@@ -191,14 +193,18 @@ def kernel_limit(q_logits, constants):
 def bellman_cross_entropy(q_logits, next_probs, shift, scale, returns, mc_share, backend=None):
     """-sum_i Gamma_i log softmax(q_logits)_i, one number per row; gradients reach q_logits only.
 
-    q_logits, next_probs: (B, M); shift, scale, returns: (B,), of values normalised to [0, 1]; mc_share:
-    the return's weight in the target, a float. Returns (B,), in fp32. backend: as in attention().
+    q_logits, next_probs: (B, M); shift, scale, returns: (B,), of values normalised to [0, 1];
+    mc_share: the return's weight in the target, a float. Returns (B,), in fp32.
+
+    backend: as in attention().
     """
     batch = q_logits.shape[:1]
     shapes = [tuple(tensor.shape) for tensor in (next_probs, shift, scale, returns)]
     if q_logits.dim() != 2 or shapes != [tuple(q_logits.shape), *[tuple(batch)] * 3]:
-        raise ValueError(f"shapes {tuple(q_logits.shape)} and {shapes} must be (B, M), (B, M) and (B,) thrice")
+        given = f"{tuple(q_logits.shape)} and {shapes}"
+        raise ValueError(f"shapes {given} must be (B, M), (B, M) and (B,) thrice")
     constants = (next_probs, shift, scale, returns)
-    if use_kernel("bellman_cross_entropy", backend, q_logits.device, kernel_limit(q_logits, constants)):
+    limit = kernel_limit(q_logits, constants)
+    if use_kernel("bellman_cross_entropy", backend, q_logits.device, limit):
         return FusedCrossEntropy.apply(q_logits, *constants, mc_share)
     return bellman_cross_entropy_reference(q_logits, *constants, mc_share)

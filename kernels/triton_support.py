@@ -22,16 +22,22 @@ except ImportError:
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 INTERPRET = tl.constexpr(INTERPRETED)  # the same, readable inside a kernel
 
-# Compute capability -> the target whose launch table it uses; nothing else has been compiled for. 8.6
-# and 8.9, the consumer cards, have the registers and instructions of 8.0 and less shared memory.
-NVIDIA_TARGETS = {(8, 0): "sm_80", (8, 6): "sm_80", (8, 9): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100"}
+# Compute capability -> the target whose launch table it uses; nothing else has been compiled for.
+# 8.6 and 8.9, the consumer cards, have 8.0's registers and instructions, and less shared memory.
+NVIDIA_TARGETS = {
+    (8, 0): "sm_80",
+    (8, 6): "sm_80",
+    (8, 9): "sm_80",
+    (9, 0): "sm_90",
+    (10, 0): "sm_100",
+}
 AMD_TARGETS = {"gfx942": "gfx942"}
 
 
 def jit(*unspecialised):
     """@triton.jit, or nothing at all without Triton.
 
-    unspecialised: integer arguments, such as lengths, that must not each compile a kernel of their own.
+    unspecialised: integer arguments, such as lengths, whose values must not compile a kernel each.
     """
     if triton is None:
         return lambda function: function
@@ -39,7 +45,7 @@ def jit(*unspecialised):
 
 
 def mend_loop_bounds():
-    """Triton 3.6's interpreter has loop bounds as arrays of one element: no integers to NumPy 2.5."""
+    """Triton 3.6's interpreter has loop bounds as one-element arrays: no integers to NumPy 2.5."""
     from triton.runtime import interpreter
     patch = interpreter._patch_lang_tensor
 
@@ -64,7 +70,7 @@ def product(a, b, total):
 
 @jit()
 def cast(x, dtype: tl.constexpr):
-    """x.to(dtype), to nearest as the hardware does it. The interpreter would cut fp32 off to bf16."""
+    """x.to(dtype), to nearest as the hardware does. The interpreter would cut fp32 off to bf16."""
     if INTERPRET:
         if dtype == tl.bfloat16:
             bits = x.to(tl.int32, bitcast=True)

@@ -54,12 +54,13 @@ def builds(target):
         for dtype in (torch.bfloat16, torch.float32):
             yield "bellman_cross_entropy", kernel, dtype, constants, *options
     for name, tile in task_linear.LAUNCHES[target].items():
+        kernel = task_linear.KERNELS[name]
         block_r, block_f, block_o, *options = tile
         constants = {"DIMS": 23, "SCALES": 3, "WIDTH": 512}  # observations at size small
         constants |= {"BLOCK_R": block_r, "BLOCK_F": block_f, "BLOCK_O": block_o}
         for has in (True, False):
             constants = {**constants, "HAS_STATISTICS": has}
-            yield f"task_linear {name}", task_linear.KERNELS[name], torch.float32, constants, *options
+            yield f"task_linear {name}", kernel, torch.float32, constants, *options
 
 
 def compile_for(target, kernel, dtype, constants, num_warps, num_stages):

@@ -73,4 +73,5 @@ def test_a_task(changed, tmp_path):
                  action=np.float32(action), reward=np.float32(reward), terminated=terminated)
     run("prepare.py", "import", "jumps", "own", "--env-id", "MoonHopper-v0")
     assert np.isfinite(trained(folder, run, "own")["loss"])
-    assert list(json.loads((folder / "run" / "eval.json").read_text())["tasks"]) == ["MoonHopper-v0"]
+    summary = json.loads((folder / "run" / "eval.json").read_text())
+    assert list(summary["tasks"]) == ["MoonHopper-v0"]
