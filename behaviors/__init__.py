@@ -1,10 +1,11 @@
 """Behaviours of known quality for seven MuJoCo tasks: what an offline data set is drawn from.
 
-    policies = load("Hopper-v5")                       # {"random": ..., "weak": ..., "medium": ..., "expert": ...}
+    policies = load("Hopper-v5")  # a dict of the levels: random, weak, medium, expert
     action = policies["medium"](obs, rng, noise=ACTION_NOISE["Hopper-v5"])
 
-The levels of one task come from searches with different seeds (see `behaviors.ars`, which also remakes them), which
-keeps their average from being a good policy on HalfCheetah, Hopper and Walker2d, though not elsewhere (README.md).
+The levels of one task come from searches with different seeds (see `behaviors.ars`, which also
+remakes them). This keeps their average from being a good policy on HalfCheetah, Hopper and
+Walker2d, though not elsewhere (README.md).
 """
 
 from dataclasses import dataclass
@@ -25,9 +26,9 @@ TASKS = (
 # Tasks that no choice of the recipe has seen; not in the default data (studies/unseen.py).
 UNSEEN = ("InvertedPendulum-v5", "HalfCheetahGoal-v0")
 LEVELS = ("random", "weak", "medium", "expert")
-# Gaussian noise in half-widths of the action box: the scanned value that leaves the expert nearest to 90% of its
-# return (README.md). Two fall between scanned values: InvertedDoublePendulum keeps 100% at 0.05 and 78% at 0.1,
-# Walker2d 96% at 0.1 and 34% at 0.2.
+# Gaussian noise in half-widths of the action box: the scanned value that leaves the expert nearest
+# to 90% of its return (README.md). Two fall between scanned values: InvertedDoublePendulum keeps
+# 100% at 0.05 and 78% at 0.1, Walker2d 96% at 0.1 and 34% at 0.2.
 ACTION_NOISE = {
     "HalfCheetah-v5": 0.1,
     "Hopper-v5": 0.1,
@@ -62,9 +63,10 @@ gymnasium.register("HalfCheetahGoal-v0", "behaviors.goal:HalfCheetahGoal", max_e
 
 @dataclass(frozen=True)
 class Policy:
-    """A feed-forward policy; `layers` holds (weight (in, out), bias (out,)) pairs, and none means uniform actions.
+    """A feed-forward policy; `layers` holds (weight (in, out), bias (out,)) pairs.
 
-    One layer is ARS's linear policy, cut off at the box; several are TD3's relu network, which ends in tanh.
+    No layer means uniform actions. One layer is ARS's linear policy, cut off at the box; several
+    are TD3's relu network, which ends in tanh.
     """
 
     low: np.ndarray  # (A,) the action box
@@ -74,8 +76,8 @@ class Policy:
     def __call__(self, obs: np.ndarray, rng: np.random.Generator, noise: float = 0.0) -> np.ndarray:
         """Actions (..., A), float32 inside the box, for observations (..., O).
 
-        `noise` is the standard deviation of Gaussian noise in half-widths of the box. `rng` serves the noise and
-        the random level; without noise the other levels leave it untouched.
+        `noise` is the standard deviation of Gaussian noise in half-widths of the box. `rng` serves
+        the noise and the random level; without noise the other levels leave it untouched.
         """
         if not self.layers:
             unit = rng.uniform(-1.0, 1.0, (*np.shape(obs)[:-1], len(self.low)))
@@ -87,11 +89,11 @@ class Policy:
             unit = hidden @ weight + bias
             if len(self.layers) > 1:
                 unit = np.tanh(unit)
-        # minimum(maximum()) takes half the time of np.clip, which exceeds the linear policy's product (6, 13 and 5 us
-        # on a busy Zen 3 core, 2026-11-23).
+        # minimum(maximum()) takes half the time of np.clip, which exceeds the linear policy's
+        # product (6, 13 and 5 us on a busy Zen 3 core, 2026-11-23).
         unit = np.minimum(np.maximum(unit, -1.0), 1.0)
         if noise:
-            # After the first cut: linear policies reach far outside the box, where noise would change nothing.
+            # After the first cut: linear policies reach far outside the box, where noise is lost.
             unit = unit + noise * rng.standard_normal(unit.shape)
             unit = np.minimum(np.maximum(unit, -1.0), 1.0)
         half = (self.high - self.low) / 2
@@ -103,13 +105,17 @@ def load(task: str) -> dict[str, Policy]:
     if task not in TASKS + UNSEEN:
         raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS + UNSEEN)}")
     with np.load(FILE, allow_pickle=False) as arrays:
-        # float64 here: mujoco observes in float64, and a mixed product would convert the weights at every step.
-        entries = {key: arrays[key].astype(np.float64) for key in arrays if key.startswith(f"{task}/")}
+        # float64, in which mujoco observes: a mixed product would convert the weights every step.
+        own = [key for key in arrays if key.startswith(f"{task}/")]
+        entries = {key: arrays[key].astype(np.float64) for key in own}
     if not entries:
         raise ValueError(f"{FILE.name} lacks {task}: run python -m behaviors.ars --task {task}")
     policies = {}
     for level in LEVELS:
-        depth = sum(key.startswith(f"{task}/{level}/weight") for key in entries)
-        layers = tuple((entries[f"{task}/{level}/weight{i}"], entries[f"{task}/{level}/bias{i}"]) for i in range(depth))
-        policies[level] = Policy(entries[f"{task}/low"], entries[f"{task}/high"], layers)
+        name = f"{task}/{level}"
+        depth = sum(key.startswith(f"{name}/weight") for key in entries)
+        layers = []
+        for i in range(depth):
+            layers.append((entries[f"{name}/weight{i}"], entries[f"{name}/bias{i}"]))
+        policies[level] = Policy(entries[f"{task}/low"], entries[f"{task}/high"], tuple(layers))
     return policies

@@ -19,7 +19,7 @@ RANDOM_STRETCH, STRETCH = (5, 31), (20, 151)  # steps until the level may change
 
 
 def play(env, policies, noise, level, shares, rng):
-    """One episode; of one level, or, if it is None, of levels that change on the way, by their shares."""
+    """One episode of one level, or, if None, of levels that change on the way, by their shares."""
     switching, stretch = level is None, 0
     obs, _ = env.reset(seed=int(rng.integers(2**31)))
     observations, actions, rewards = [obs], [], []
@@ -90,7 +90,7 @@ def describe(task, discount):
 
 
 def reference(env_id):
-    """The returns that score 0 and 1: of the uniform random policy and of the expert, from returns.csv."""
+    """The returns that score 0 and 1, from returns.csv: the random policy's and the expert's."""
     with open(Path(behaviors.__file__).with_name("returns.csv")) as file:
         rows = [row for row in csv.DictReader(file) if row["task"] == env_id]
     means = {row["level"]: float(row["mean_return"]) for row in rows}

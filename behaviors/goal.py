@@ -2,8 +2,8 @@
 
     python -m behaviors.goal    # makes its policies, of HalfCheetah-v5's, and measures them
 
-The reward is 1 once, where the cheetah has come GOAL metres far, and 0 at every other step. It has 150
-steps. The expert gets there, and the medium policy does not. The first observation is the position.
+The reward is 1 once, where the cheetah has come GOAL metres far, and 0 at every other step. It has
+150 steps. The expert gets there, the medium policy does not. The first observation is the position.
 """
 
 import numpy as np
@@ -33,7 +33,8 @@ def main():
         layers = ()
         if policy.layers:
             (weight, bias), = policy.layers
-            layers = ((np.vstack([np.zeros_like(weight[:1]), weight]), bias),)  # blind to the position
+            blind = np.zeros_like(weight[:1])  # to the position
+            layers = ((np.vstack([blind, weight]), bias),)
         policies[level] = Policy(policy.low, policy.high, layers)
     ars.save(TASK, policies)
     ars.record(TASK, {level: "" for level in policies})

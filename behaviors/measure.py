@@ -1,8 +1,8 @@
-"""Measure the committed levels: returns, what noise costs the expert, and what their average is worth.
+"""Measure the levels: returns, what noise costs the expert, and what their average is worth.
 
     python -m behaviors.measure --task Hopper-v5
 
-The returns are those of returns.csv; the noise table in README.md and `ACTION_NOISE` come from here too.
+The returns are those of returns.csv. README.md's noise table and `ACTION_NOISE` are from here too.
 """
 
 import argparse
@@ -13,19 +13,22 @@ import numpy as np
 from behaviors import LEVELS, TASKS, UNSEEN, Policy, load
 
 EPISODES = 20
-# Searches draw their episode seeds below the first of these and levels are chosen between the two, so no episode
-# serves two purposes. It matters: one expert picked from its search's own curve scored 88 instead of 435.
+# Searches draw their episode seeds below the first of these and levels are chosen between the two,
+# so no episode serves two purposes. It matters: one expert picked from its search's own curve
+# scored 88 instead of 435.
 CHOICE_SEED, REPORT_SEED = 1_000_000, 2_000_000
 LONGEST = 10_000  # steps of an episode, where an environment registers no limit
 NOISES = (0.02, 0.05, 0.1, 0.2, 0.3)
 
 
 def make_env(task: str, **options) -> gymnasium.Env:
-    # Unwrapped: a plain loop over it ran at 70-100% of mj_step's own rate. `rollout` keeps the time limit itself.
+    # Unwrapped: a loop over it ran at 70-100% of mj_step's rate. `rollout` keeps the time limit.
     return gymnasium.make(task, **options).unwrapped
 
 
-def rollout(env, policy: Policy, rng: np.random.Generator, seed: int, noise: float = 0.0) -> tuple[float, np.ndarray]:
+def rollout(
+    env, policy: Policy, rng: np.random.Generator, seed: int, noise: float = 0.0
+) -> tuple[float, np.ndarray]:
     """One episode: its undiscounted return and the observations acted on (T, O)."""
     obs, _ = env.reset(seed=seed)
     seen, total = [], 0.0
@@ -41,7 +44,7 @@ def rollout(env, policy: Policy, rng: np.random.Generator, seed: int, noise: flo
 def evaluate(
     env, policy: Policy, seed: int, noise: float = 0.0, episodes: int = EPISODES
 ) -> tuple[float, float, float]:
-    """Mean and standard deviation of the return, and mean length, over the episodes seeded from `seed` on."""
+    """The return's mean and standard deviation, and the mean length; episode i has seed + i."""
     rng = np.random.default_rng(seed)
     runs = [rollout(env, policy, rng, seed + i, noise) for i in range(episodes)]
     returns = np.array([total for total, _ in runs])
@@ -64,13 +67,16 @@ def main() -> None:
         print(f"{task} {level:9s} {mean:8.1f} ± {std:.1f}, {length:.0f} steps")
     floor, ceiling = scores["random"][0], scores["expert"][0]
 
-    # Were the average of the levels good, cloning a mixture of them would be too, and no data set would need RL.
+    # If the average of the levels were good, so would be a clone of their mixture, without any RL.
     def average(obs, rng, noise):
         return np.mean([policies[level](obs, rng, noise) for level in LEVELS[1:]], 0)
 
-    for name, policy, noise in (("average", average, 0.0), *((f"noise {x}", policies["expert"], x) for x in NOISES)):
+    cases = [("average", average, 0.0)]
+    cases += [(f"noise {noise}", policies["expert"], noise) for noise in NOISES]
+    for name, policy, noise in cases:
         mean, std, _ = evaluate(env, policy, REPORT_SEED, noise)
-        print(f"{task} {name:9s} {mean:8.1f} ± {std:.1f}, {(mean - floor) / (ceiling - floor):.0%} of the expert's")
+        share = (mean - floor) / (ceiling - floor)
+        print(f"{task} {name:9s} {mean:8.1f} ± {std:.1f}, {share:.0%} of the expert's")
 
 
 if __name__ == "__main__":

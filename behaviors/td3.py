@@ -44,19 +44,25 @@ class Critics(nn.Module):
     def __init__(self, inputs: int, width: int = 128):
         super().__init__()
         sizes = ((inputs, width), (width, width), (width, 1))
-        self.weights = nn.ParameterList(torch.empty(2, i, o).uniform_(-1, 1) / i**0.5 for i, o in sizes)
+        weights = [torch.empty(2, i, o).uniform_(-1, 1) / i**0.5 for i, o in sizes]
+        self.weights = nn.ParameterList(weights)
         self.biases = nn.ParameterList(torch.zeros(2, 1, o) for _, o in sizes)
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         x = torch.cat((obs, action), -1).expand(2, -1, -1)  # (2, B, O + A)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.baddbmm(bias, F.relu(x) if i else x, weight)
+            if i > 0:
+                x = F.relu(x)
+            x = torch.baddbmm(bias, x, weight)
         return x.squeeze(-1)  # (2, B)
 
 
-def fold(actor: nn.Sequential, mean: Tensor, std: Tensor, low: np.ndarray, high: np.ndarray) -> Policy:
+def fold(
+    actor: nn.Sequential, mean: Tensor, std: Tensor, low: np.ndarray, high: np.ndarray
+) -> Policy:
     """The actor as a Policy on raw observations: the standardisation goes into its first layer."""
-    layers = [(m.weight.detach().T.clone(), m.bias.detach().clone()) for m in actor if isinstance(m, nn.Linear)]
+    linear = [module for module in actor if isinstance(module, nn.Linear)]
+    layers = [(m.weight.detach().T.clone(), m.bias.detach().clone()) for m in linear]
     weight, bias = layers[0]
     layers[0] = weight / std[:, None], bias - (mean / std) @ weight
     return Policy(low, high, tuple((weight.numpy(), bias.numpy()) for weight, bias in layers))
@@ -68,7 +74,9 @@ def search(task: str, seed: int) -> Iterator[tuple[int, Policy]]:
 
 
 def learn(env, s: Settings, limit: int, seed: int) -> Iterator[tuple[int, Policy]]:
-    """Yield (environment steps so far, policy) at intervals of a twentieth of the updates made, in one TD3 run.
+    """Yield (environment steps so far, policy) at intervals in one TD3 run.
+
+    An interval is a twentieth of the updates made so far.
 
     limit: steps of an episode at most
     """
@@ -79,7 +87,8 @@ def learn(env, s: Settings, limit: int, seed: int) -> Iterator[tuple[int, Policy
     n_obs, n_action = env.observation_space.shape[0], low.size
 
     hidden = (nn.Linear(n_obs, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU())
-    actor, critics = nn.Sequential(*hidden, nn.Linear(64, n_action), nn.Tanh()), Critics(n_obs + n_action)
+    actor = nn.Sequential(*hidden, nn.Linear(64, n_action), nn.Tanh())
+    critics = Critics(n_obs + n_action)
     target_actor, target_critics = deepcopy(actor), deepcopy(critics)
     actor_optimiser = torch.optim.Adam(actor.parameters(), s.learning_rate, fused=True)
     critic_optimiser = torch.optim.Adam(critics.parameters(), s.learning_rate, fused=True)
@@ -93,7 +102,8 @@ def learn(env, s: Settings, limit: int, seed: int) -> Iterator[tuple[int, Policy
         action = policy(obs, rng, s.explore)
         next_obs, reward, terminated, truncated, _ = env.step(action)
         unit = 2 * (action - low) / (high - low) - 1
-        buffer[step] = torch.from_numpy(np.concatenate((obs, unit, [reward], next_obs, [terminated])))
+        transition = np.concatenate((obs, unit, [reward], next_obs, [terminated]))
+        buffer[step] = torch.from_numpy(transition)
         obs, length = next_obs, length + 1
         if terminated or truncated or length == limit:
             obs, _ = env.reset(seed=int(rng.integers(CHOICE_SEED)))
@@ -106,13 +116,16 @@ def learn(env, s: Settings, limit: int, seed: int) -> Iterator[tuple[int, Policy
 
         rows = buffer[torch.from_numpy(rng.integers(step + 1, size=s.batch))]
         seen, taken, rewards, after, ended = rows.split((n_obs, n_action, 1, n_obs, 1), -1)
-        seen, after, rewards = (seen - mean) / std, (after - mean) / std, rewards.squeeze(-1)
+        seen, after = (seen - mean) / std, (after - mean) / std
+        rewards = rewards.squeeze(-1)  # (B,)
         # y = r + discount * min_i Q'_i(s', pi'(s') + cut noise)
         with torch.no_grad():
             jitter = (s.smooth * torch.randn_like(taken)).clamp(-s.smooth_cut, s.smooth_cut)
             next_action = (target_actor(after) + jitter).clamp(-1, 1)
-            goal = rewards + s.discount * (1 - ended[:, 0]) * target_critics(after, next_action).amin(0)  # (B,)
-        critic_loss = F.mse_loss(critics(seen, taken), goal.expand(2, -1), reduction="sum") / s.batch
+            next_value = target_critics(after, next_action).amin(0)  # (B,)
+            goal = rewards + s.discount * (1 - ended[:, 0]) * next_value
+        values = critics(seen, taken)  # (2, B)
+        critic_loss = F.mse_loss(values, goal.expand(2, -1), reduction="sum") / s.batch
         critic_optimiser.zero_grad()
         critic_loss.backward()
         critic_optimiser.step()
@@ -125,7 +138,7 @@ def learn(env, s: Settings, limit: int, seed: int) -> Iterator[tuple[int, Policy
                 for old, new in ((target_actor, actor), (target_critics, critics)):
                     torch._foreach_lerp_(list(old.parameters()), list(new.parameters()), s.polyak)
         policy = fold(actor, mean, std, low, high)
-        # Reacher goes from random to 80% of the way within 500 updates: the early ones are looked at closely.
+        # Reacher goes from random to 80% of the way within 500 updates: look often early on.
         if step + 1 - s.warmup >= due:
             due = max(due + 10, int(due * 1.05))
             yield step + 1, policy
