@@ -16,6 +16,7 @@ import io
 import time
 
 import numpy as np
+import torch._dynamo  # Adam loads it, which ends the process if dm_control was loaded before
 
 import envs
 from behaviors import LEVELS, Policy, ars, suite, td3

@@ -26,7 +26,7 @@ from studies.ladder import Table, at_a_time, new_parser, train
 
 ALGOS = ("bc", "filtered_bc", "rwr", "pac")
 COLUMNS = ("domain", "task", "algo", "seed", "episodes", "score", "success")
-DATA = Path("datasets/132")
+KEY = ("domain", "algo", "seed")  # "domain" is a group of tasks, such as metaworld:10
 EPISODES = 10
 UPDATES = 4  # that are timed
 
@@ -146,11 +146,12 @@ def main():
     if args.cost is not None:
         print_cost(args.cost or ["small"])
         return
-    table = Table("suite", COLUMNS, ("domain", "algo", "seed"), args.folder)
+    table = Table("suite", COLUMNS, KEY, args.folder)
+    data = (args.folder or Path("datasets")) / "132"
 
     def work(job):
         flags = ["--tasks", *suite.chosen([job[0]]), "--episodes", EPISODES, *args.flags]
-        train(table, job, DATA / "switching", flags)
+        train(table, job, data / "switching", flags)
 
     if not args.table:
         wanted = [(group, algo, seed)
@@ -159,7 +160,7 @@ def main():
         for group in {group for group, _, _ in jobs}:
             names = suite.chosen([group])
             suite.need(names)
-            prepare.build(DATA, ["switching"], names, args.transitions, source=suite)
+            prepare.build(data, ["switching"], names, args.transitions, source=suite)
         at_a_time(args.workers, work, jobs)
     show(table)
 

@@ -18,7 +18,8 @@ from behaviors import LEVELS, ars, controllers, suite, td3
 from behaviors.measure import rollout
 from data import DataError, Task
 from learner import Learner, settings_for
-from studies.suite import metas_of, random_batch, signed_rank
+from studies.ladder import Table
+from studies.suite import COLUMNS, KEY, metas_of, random_batch, show, signed_rank
 from tests.conftest import tiny
 
 MEASURED = {row["task"] for row in suite.read("suite_levels.csv")}
@@ -259,6 +260,19 @@ def test_the_table_has_the_dimensions_of_the_environments(task, package):
 ])
 def test_the_signed_rank_test_by_known_values(differences, p):
     assert signed_rank(differences) == pytest.approx(p, abs=1e-4)
+
+
+def test_the_study_counts_the_tasks_where_pac_is_above(tmp_path, capsys):
+    table = Table("suite", COLUMNS, KEY, tmp_path)
+    for algo, scores in ("bc", [0.1, 0.2, 0.9]), ("pac", [0.3, 0.4, 0.5]):
+        for task, score in zip("abc", scores):
+            success = "" if task == "a" else float(score > 0.5)
+            table.append([{"domain": "metaworld:3", "task": task, "algo": algo, "seed": 0,
+                           "episodes": 1, "score": score, "success": success}])
+    show(table)
+    said = capsys.readouterr().out
+    assert "| bc | 3 | 0.400 | 50% | 2 of 3 |" in said
+    assert "| pac | 3 | 0.400 | 0% | 0 of 3 | 1 |" in said
 
 
 def test_a_model_of_many_tasks_is_updated():
