@@ -459,6 +459,8 @@ def main(argv=None):
             laws = scaling_fit.laws_of_all(rows, COMPARED, VARIANTS, ("1", *SHARES))
             path = table.path.with_name("scaling_fit.json")
             data.write_file(path, json.dumps(laws, indent=1, allow_nan=False) + "\n")
+            scaling_show.print_ends(rows, COMPARED)
+            print()
             scaling_show.print_laws(laws)
             print(f"\nwrote {path}")
         elif args.command == "plot":

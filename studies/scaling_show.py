@@ -12,8 +12,8 @@ import numpy as np
 import plots
 from plots import plt
 from studies import print_table
-from studies.scaling_fit import (budgets_of, fit_loss, flat, loss_column, mean_profile, name_of,
-                                 optima, profiles_of, rows_of)
+from studies.scaling_fit import (HALF, budgets_of, end_of, fit_loss, flat, loss_column,
+                                 mean_profile, name_of, optima, profiles_of, rows_of)
 
 LEVELS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of return
 OPERATIONS = "operations of the training"
@@ -119,9 +119,10 @@ def losses_figure(rows, ways):
     for way, column in zip(ways, axes.T):
         column[0].set_title(name_of(way), fontsize=9)
         of_way, cloning = rows_of(rows, way), loss_column(way)
-        for loss, ax in ((cloning, column[0]), ("critic_loss", column[1])):
+        early = [row for row in of_way if row["updates"] <= HALF]
+        for loss, fitted, ax in ((cloning, of_way, column[0]), ("critic_loss", early, column[1])):
             draw_profiles(ax, of_way, names, loss)
-            draw_law(ax, profiles_of(of_way, loss))
+            draw_law(ax, profiles_of(fitted, loss))
             ax.set_xlabel(OPERATIONS)
         for number, params in enumerate(sorted(names)):
             some = [row for row in of_way if row["params"] == params]
@@ -183,6 +184,20 @@ def draw(rows, ways, folder):
 
 # ---------------------------------------------------------------- tables
 
+def print_ends(rows, ways):
+    """Return and cloning loss of each size at the end of its runs, in markdown."""
+    sizes = dict.fromkeys(row["size"] for row in sorted(rows, key=lambda row: row["params"]))
+    shown = []
+    for size in sizes:
+        cells = []
+        for way in ways:
+            some = rows_of(rows, way, size=size)
+            end = end_of(some) if some else None
+            cells.append(f"{end['return']:.2f}, {end['clone_loss']:.2f}" if end else "")
+        shown.append([size, *cells])
+    print_table(["return, cloning loss", *map(name_of, ways)], shown)
+
+
 def print_laws(laws):
     """The laws that were fitted, and how well, as tables in markdown."""
     fitted = {name: found for name, found in laws.items() if "return" in found}
@@ -191,9 +206,13 @@ def print_laws(laws):
         exponents = [of_law(found[of], letter) for of in ("return", "clone_loss", "critic_loss")
                      for letter in "ab"]
         rows.append([name, *exponents, of_law(found["return"], "gain")])
-    print_table(["", "return: a", "b", "cloning loss: a", "b", "critic loss: a", "b",
-                 "return a decade, in the last"], rows)
-    print_errors(fitted)
+    if fitted:
+        print_table(["", "return: a", "b", "cloning loss: a", "b", "critic loss: a", "b",
+                     "return a decade, in the last"], rows)
+        print_errors(fitted)
+    for name, found in laws.items():
+        if "why_not" in found:
+            print(f"{name}: {found['sizes']} sizes; {found['why_not']}")
     for kind in ("variants", "shares"):
         for name, ends in laws[kind].items():
             print(f"\n{name}\n")

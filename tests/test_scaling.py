@@ -129,7 +129,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(small_data, tmp_path, monkeypat
 
 # Of the sizes, on seven tasks: parameters, and operations of an update after the warm-up.
 SIZES_MADE = {"w8": (13_394, 0.034e9), "w16": (31_514, 0.091e9), "w32": (83_162, 0.308e9),
-              "w64": (248_090, 1.389e9), "w96": (551_000, 3.4e9), "w128": (930_000, 6.2e9)}
+              "w64": (248_090, 1.39e9), "w96": (569_594, 4.95e9), "w128": (956_442, 10.8e9)}
 ALPHA, BETA = 0.5, 0.5
 NOISE = 0.03  # about that of three episodes a task
 
@@ -159,7 +159,8 @@ def true_exponent(sizes, alpha, beta):
 @pytest.mark.parametrize("alpha, beta", [(0.5, 0.5), (0.3, 0.6), (0.6, 0.3)])
 def test_known_exponents_are_recovered_from_a_sweep_with_our_noise(alpha, beta):
     """The means over 30 sweeps. What is left of the sweep's edge pulls a towards that of noise
-    alone, 0.6: by 0.03 where it is 0.45, by 0.11 where it is 0.31. A single sweep errs by 0.08."""
+    alone, 0.6: by 0.02 where it is 0.42, by 0.07 where it is 0.30. A single sweep errs by 0.05
+    to 0.08."""
     rng, estimates = np.random.default_rng(0), []
     for _ in range(30):
         sizes = profiles_of(made_rows(rng, alpha=alpha, beta=beta), "return")
@@ -168,9 +169,9 @@ def test_known_exponents_are_recovered_from_a_sweep_with_our_noise(alpha, beta):
     assert np.isfinite(estimates).all()
     a = true_exponent(sizes, alpha, beta)
     mean_a, mean_b = np.mean(estimates, axis=0)
-    assert mean_a == pytest.approx(a, abs=0.15)
-    assert mean_b == pytest.approx(a * alpha / beta, abs=0.2)
-    assert np.std(estimates, axis=0) == pytest.approx(0.08, abs=0.04)
+    assert mean_a == pytest.approx(a, abs=0.12)
+    assert mean_b == pytest.approx(a * alpha / beta, abs=0.15)
+    assert np.std(estimates, axis=0).max() < 0.15
 
 
 def test_the_interval_of_one_sweep_holds_the_known_exponent():
