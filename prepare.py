@@ -353,6 +353,7 @@ def run_build(args, source=collect):
 def run_suite(args):
     args.tasks = suite.chosen(args.tasks)
     suite.need(args.tasks)
+    suite.need_levels(args.tasks)
     args.out = args.out or DATASETS / args.name
     run_build(args, suite)
 

@@ -23,7 +23,7 @@ from behaviors import LEVELS, Policy, ars, suite, td3
 from behaviors.ars import BANDS, replacing
 from behaviors.measure import CHOICE_SEED, REPORT_SEED
 
-LEANS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.2)
+LEANS, HALVINGS = (0.05, 0.2, 0.8), 3  # tried at first; then between the two nearest, so often
 CHOICE_EPISODES, EPISODES = 1, 5
 # Two searches for any task; nothing in them was tuned. dm_control pays at each step.
 ARS = ars.Settings(directions=8, best=4, nu=0.03, alpha=0.02, steps=40_000, seed=0, snapshots=8)
@@ -90,19 +90,26 @@ def find(task, env):
         np.savez_compressed(partial, **{key: entries[key] for key in sorted(entries)})
 
 
-def choose_leans(env, task, control, uniform):
-    """level -> lean: those whose returns come nearest to the middle of the level's band."""
-    floor = mean_return(env, uniform)
-    height = mean_return(env, suite.leaning(env, task, control, 0.0)) - floor
-    share = {}
+def choose_leans(share_at):
+    """level -> lean, so that the shares come near the middle of the levels' bands.
+
+    share_at: a function of the lean, from 1 at 0 downwards: where a level's return lies between
+    that of random (0) and that of the expert (1)
+    """
+    share, chosen = {0.0: 1.0}, {"random": "", "expert": 0.0}
     for lean in LEANS:
-        level = suite.leaning(env, task, control, lean)
-        share[lean] = (mean_return(env, level) - floor) / (abs(height) + 1e-9)
+        share[lean] = share_at(lean)
         if share[lean] < 0.1:
             break
-    chosen = {"random": "", "expert": 0.0}
     for level, band in BANDS.items():
-        chosen[level] = min(share, key=lambda lean: abs(share[lean] - np.mean(band)))
+        middle = np.mean(band)
+        for _ in range(HALVINGS):
+            above = max(lean for lean in share if share[lean] >= middle)
+            further = [lean for lean in share if lean > above]
+            if further:
+                lean = (above + min(further)) / 2
+                share[lean] = share_at(lean)
+        chosen[level] = min(list(share)[1:], key=lambda lean: abs(share[lean] - middle))
     return chosen
 
 
@@ -113,7 +120,14 @@ def levels_of(task):
         find(task, env)
     control = suite.controller(task, env)
     uniform = Policy(env.action_space.low, env.action_space.high)
-    leans, rows = choose_leans(env, task, control, uniform), []
+    floor = mean_return(env, uniform)
+    height = mean_return(env, suite.leaning(env, task, control, 0.0)) - floor
+
+    def share_at(lean):
+        level = suite.leaning(env, task, control, lean)
+        return (mean_return(env, level) - floor) / (abs(height) + 1e-9)
+
+    leans, rows = choose_leans(share_at), []
     for name in LEVELS:
         policy = uniform if name == "random" else suite.leaning(env, task, control, leans[name])
         returns, lengths, successes = played(env, policy, REPORT_SEED, EPISODES)

@@ -91,6 +91,16 @@ def need(names):
             raise DataError(f"the tasks of {domain} need `pip install {install}`")
 
 
+def need_levels(names):
+    """DataError if the levels of some of these tasks are not measured yet."""
+    there = {row["task"] for row in read("suite_levels.csv")} | set(behaviors.TASKS)
+    missing = [name for name in names if name not in there]
+    if missing:
+        some = " ".join(missing[:3]) + " ..." * (len(missing) > 3)
+        raise DataError(f"suite_levels.csv lacks {len(missing)} of these {len(names)} tasks: "
+                        f"`python -m behaviors.search --tasks {some}` measures them")
+
+
 # ---------------------------------------------------------------- the behaviours
 
 @dataclass(frozen=True)
@@ -146,11 +156,8 @@ def leaning(env, task, control, lean):
 
 def measured(task):
     """The rows of suite_levels.csv, by level."""
-    rows = {row["level"]: row for row in read("suite_levels.csv") if row["task"] == task}
-    if not rows:
-        raise DataError(f"suite_levels.csv lacks {task}: `python -m behaviors.search --tasks "
-                        f"{task}`")
-    return rows
+    need_levels([task])
+    return {row["level"]: row for row in read("suite_levels.csv") if row["task"] == task}
 
 
 def sub_optimal(task):

@@ -160,6 +160,7 @@ def main():
         for group in {group for group, _, _ in jobs}:
             names = suite.chosen([group])
             suite.need(names)
+            suite.need_levels(names)
             prepare.build(data, ["switching"], names, args.transitions, source=suite)
         at_a_time(args.workers, work, jobs)
     show(table)

@@ -14,7 +14,7 @@ import pytest
 import behaviors
 import envs
 import prepare
-from behaviors import LEVELS, ars, controllers, suite, td3
+from behaviors import LEVELS, ars, controllers, search, suite, td3
 from behaviors.measure import rollout
 from data import DataError, Task
 from learner import Learner, settings_for
@@ -133,8 +133,25 @@ def test_what_was_measured_has_all_levels_and_a_best_one():
 
 def test_what_was_not_measured_names_the_command(monkeypatch):
     monkeypatch.setattr(suite, "read", lambda name: [])
-    with pytest.raises(DataError, match="python -m behaviors.search --tasks metaworld-reach"):
+    with pytest.raises(DataError, match="python -m behaviors.search --tasks metaworld-reach`"):
         suite.describe("metaworld-reach", 0.99)
+    names = suite.chosen(["Hopper-v5", "metaworld"])
+    with pytest.raises(DataError, match=r"lacks 50 of these 51 tasks.* metaworld-pick-place \.\.\."):
+        suite.need_levels(names)
+
+
+@pytest.mark.parametrize("width", [0.02, 0.1, 0.5])
+def test_leans_are_found_however_far_a_task_bears_one(width):
+    """Of a controller whose return falls in a straight line, to nothing at a lean of `width`."""
+    leans = search.choose_leans(lambda lean: max(0.0, 1 - lean / width))
+    assert leans["expert"] == 0
+    assert 1 - leans["medium"] / width == pytest.approx(0.6, abs=0.2)
+    assert 1 - leans["weak"] / width == pytest.approx(0.275, abs=0.2)
+
+
+def test_a_task_that_bears_any_lean_has_levels_all_the_same():
+    leans = search.choose_leans(lambda lean: 1.0)
+    assert 0 < leans["medium"] <= leans["weak"]
 
 
 # ---------------------------------------------------------------- controllers and searches
