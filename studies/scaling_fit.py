@@ -24,6 +24,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from learner import RISE
+
 BATCH = 128  # transitions an update
 HALF = 2048  # updates until when the critic learns the returns that were observed, wholly or half
 BUDGETS = 25  # log-spaced, over all that was measured
@@ -61,7 +63,7 @@ def profiles_of(rows, column):
     return list(sizes.values())
 
 
-def rows_of(rows, way, **which):
+def select(rows, way, **which):
     """The rows of a way to train, (algo, weighting, data), on all episodes at a constant rate."""
     which = {"share": "1", "variant": "constant", **dict(zip(("algo", "weighting", "data"), way)),
              **which}
@@ -155,7 +157,7 @@ def slope_at_the_end(budgets, best):
     return np.polyfit(np.log10(budgets[last]), best[last], 1)[0]
 
 
-def interval(mid, values):
+def low_mid_high(mid, values):
     """low, mid, high of a 95% bootstrap; nan becomes None, which JSON can hold."""
     values = np.array(values)
     values = values[np.isfinite(values)]
@@ -181,7 +183,7 @@ def return_laws(sizes, seed=0):
         for name, value in zip(names, numbers_of(optima(resampled(sizes, rng), budgets))):
             again[name].append(value)
     mids = zip(names, numbers_of(found))
-    laws = {name: interval(mid, again[name]) for name, mid in mids}
+    laws = {name: low_mid_high(mid, again[name]) for name, mid in mids}
     laws["budgets"] = [finite(budget) for budget in budgets]
     laws["best_return"] = [finite(value) for value in found.best]
     laws["N_opt"] = [finite(value) for value in found.params]
@@ -298,7 +300,7 @@ def loss_law(sizes, seed=0):
             again.append((*other.theta[3:], *other.exponents(g), np.exp(other.theta[0])))
     mids = (*law.theta[3:], *law.exponents(g), np.exp(law.theta[0]))
     names = ("alpha", "beta", "a", "b", "E")
-    found = {name: interval(mid, values) for name, mid, values in zip(names, mids, zip(*again))}
+    found = {name: low_mid_high(mid, values) for name, mid, values in zip(names, mids, zip(*again))}
     found["A"] = finite(np.exp(law.theta[1]) * law.scale[0] ** law.theta[3])
     found["B"] = finite(np.exp(law.theta[2]) * law.scale[1] ** law.theta[4])
     found["g"] = finite(g)
@@ -401,9 +403,16 @@ def loss_column(way):
     return "weighted_clone_loss" if way[1] else "clone_loss"
 
 
+def learnt(rows, loss):
+    """The rows that the law of a loss is of: behind the learning rate's rise, and for the critic as
+    long as it learns the returns that were observed."""
+    last = HALF if loss == "critic_loss" else np.inf
+    return [row for row in rows if RISE < row["updates"] <= last]
+
+
 def laws_of(rows, way):
     """Everything that is fitted to one way to train, (algo, weighting, data)."""
-    rows = rows_of(rows, way)
+    rows = select(rows, way)
     sizes = profiles_of(rows, "return")
     if len(sizes) < FEWEST:
         return {"sizes": len(sizes), "why_not": f"a law needs {FEWEST} sizes"}
@@ -413,9 +422,7 @@ def laws_of(rows, way):
              "estimator": {"noise": finite(noise), "of_a_law": recovery(sizes, noise),
                            "of_noise_alone": recovery(sizes, noise, size=0)}}
     for name, column in (("clone_loss", loss_column(way)), ("critic_loss", "critic_loss")):
-        some = rows
-        if name == "critic_loss":
-            some = [row for row in rows if row["updates"] <= HALF]
+        some = learnt(rows, name)
         of_loss = profiles_of(some, column)
         found[name] = loss_law(of_loss)
         found[name]["rank_correlation_with_the_return"] = correlations(some, column)
@@ -460,7 +467,7 @@ def compare(rows, ways, column, values):
         for size in dict.fromkeys(row["size"] for row in rows):
             ends = {}
             for value in values:
-                some = rows_of(rows, way, size=size, seed=0, **{column: value})
+                some = select(rows, way, size=size, seed=0, **{column: value})
                 if some:
                     ends[value] = some
             if len(ends) < 2:

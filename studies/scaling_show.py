@@ -12,8 +12,8 @@ import numpy as np
 import plots
 from plots import plt
 from studies import print_table
-from studies.scaling_fit import (HALF, budgets_of, end_of, fit_loss, flat, loss_column,
-                                 mean_profile, name_of, optima, profiles_of, rows_of)
+from studies.scaling_fit import (FEWEST, budgets_of, end_of, fit_loss, flat, learnt, loss_column,
+                                 mean_profile, name_of, optima, profiles_of, select)
 
 LEVELS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of return
 OPERATIONS = "operations of the training"
@@ -62,7 +62,7 @@ def profiles_figure(rows, ways):
     figure, axes = panels(ways)
     names = size_names(rows)
     for way, ax in zip(ways, axes):
-        profiles = draw_profiles(ax, rows_of(rows, way), names)
+        profiles = draw_profiles(ax, select(rows, way), names)
         found = optima(profiles, budgets_of(profiles))
         ax.plot(found.budgets, found.best, color="0.75", linewidth=6, zorder=0, label="the best")
         ax.grid(color="0.9", linewidth=0.5)
@@ -90,17 +90,19 @@ def optima_figure(rows, ways):
     """Lines of equal return, and N_opt with its law."""
     figure, axes = panels(ways)
     for way, ax in zip(ways, axes):
-        profiles = [mean_profile(runs) for runs in profiles_of(rows_of(rows, way), "return")]
+        profiles = [mean_profile(runs) for runs in profiles_of(select(rows, way), "return")]
         params = np.array([profile.params for profile in profiles])
         for number, level in enumerate(LEVELS):
             flops = np.array([first_at(profile, level) for profile in profiles])
             known = np.isfinite(flops)
+            if not known.any():
+                continue
             style = looks(number, len(LEVELS)) | {"linewidth": 0.8}
             ax.plot(flops[known], params[known], label=f"return {level:g}", **style)
         found = optima(profiles, budgets_of(profiles))
         ax.plot(found.budgets, found.params, "*", color="crimson", markersize=7, label="N_opt")
         known = np.isfinite(found.params)
-        if known.sum() >= 3:
+        if known.sum() >= 3 and len(profiles) >= FEWEST:
             ends = np.log(found.budgets[known][[0, -1]])
             line = np.polyfit(np.log(found.budgets[known]), np.log(found.params[known]), 1)
             ax.plot(np.exp(ends), np.exp(np.polyval(line, ends)), color="crimson", label="its law")
@@ -118,11 +120,10 @@ def losses_figure(rows, ways):
     names = size_names(rows)
     for way, column in zip(ways, axes.T):
         column[0].set_title(name_of(way), fontsize=9)
-        of_way, cloning = rows_of(rows, way), loss_column(way)
-        early = [row for row in of_way if row["updates"] <= HALF]
-        for loss, fitted, ax in ((cloning, of_way, column[0]), ("critic_loss", early, column[1])):
+        of_way, cloning = select(rows, way), loss_column(way)
+        for loss, ax in ((cloning, column[0]), ("critic_loss", column[1])):
             draw_profiles(ax, of_way, names, loss)
-            draw_law(ax, profiles_of(fitted, loss))
+            draw_law(ax, profiles_of(learnt(of_way, loss), loss))
             ax.set_xlabel(OPERATIONS)
         for number, params in enumerate(sorted(names)):
             some = [row for row in of_way if row["params"] == params]
@@ -137,7 +138,7 @@ def losses_figure(rows, ways):
 
 def draw_law(ax, sizes):
     """The fitted loss of each size, where there are sizes enough for a fit."""
-    if len(sizes) < 3:
+    if len(sizes) < FEWEST:
         return
     law = fit_loss(*flat(sizes))
     for runs in sizes:
@@ -155,7 +156,7 @@ def data_figure(rows, ways):
     for way, line in zip(ways, axes):
         for column, ax in zip(columns, line):
             for number, share in enumerate(shares):
-                some = rows_of(rows, way, share=share, size=size, seed=0)
+                some = select(rows, way, share=share, size=size, seed=0)
                 ax.plot([row["updates"] for row in some], [row[column] for row in some],
                         label=f"{share} of the episodes", **looks(number, len(shares)))
             ax.set(xscale="log", title=f"{name_of(way)}, {size}")
@@ -169,8 +170,8 @@ def data_figure(rows, ways):
 
 def draw(rows, ways, folder):
     """All figures that the rows give, into a folder."""
-    ways = [way for way in ways if len(profiles_of(rows_of(rows, way), "return")) > 1]
-    on_less = [way for way in ways if rows_of(rows, way, share="1/4")]
+    ways = [way for way in ways if len(profiles_of(select(rows, way), "return")) > 1]
+    on_less = [way for way in ways if select(rows, way, share="1/4")]
     figures = {"scaling": (profiles_figure, ways), "scaling_optima": (optima_figure, ways),
                "scaling_losses": (losses_figure, ways), "scaling_data": (data_figure, on_less)}
     for name, (function, shown) in figures.items():
@@ -191,7 +192,7 @@ def print_ends(rows, ways):
     for size in sizes:
         cells = []
         for way in ways:
-            some = rows_of(rows, way, size=size)
+            some = select(rows, way, size=size)
             end = end_of(some) if some else None
             cells.append(f"{end['return']:.2f}, {end['clone_loss']:.2f}" if end else "")
         shown.append([size, *cells])

@@ -238,7 +238,9 @@ def write_made_table(folder, rows):
     scaling.scaling_table(folder).append({**dict.fromkeys(TASKS, 0.5), **row} for row in rows)
 
 
-def test_fit_and_plot_need_the_table_alone(tmp_path, monkeypatch, capsys):
+def test_fit_and_plot_need_the_table_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(scaling_fit, "RESAMPLES", 20)
+    monkeypatch.setattr(scaling_fit, "LOSS_RESAMPLES", 12)
     rng = np.random.default_rng(0)
     rows = [row for way in scaling.COMPARED[:2] for row in made_rows(rng, way, seeds=(0, 1))]
     rows += [{**row, "share": "1/4"} for row in made_rows(rng) if row["size"] == "w32"]
