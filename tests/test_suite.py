@@ -123,6 +123,8 @@ def test_a_task_always_leans_to_the_same_side():
 
 
 def test_what_was_measured_has_all_levels_and_a_best_one():
+    figures = {tuple(suite.measured(task)["expert"].values())[3:] for task in MEASURED}
+    assert len(figures) == len(MEASURED)  # else two names stand for one environment
     for task in MEASURED:
         rows = suite.measured(task)
         assert set(rows) == set(LEVELS), task
