@@ -5,7 +5,7 @@
     python -m studies.scaling run --index 7         one of them: a job of a cluster's array
     python -m studies.scaling fit                   results/scaling_fit.json, from the table alone
     python -m studies.scaling plot                  the figures, from the table alone
-    python -m studies.scaling run --folder /tmp/try --updates 8 --episodes 1 --index 0     a trial
+    python -m studies.scaling run --folder /tmp/try --updates 8 --episodes 2 --index 0     a trial
 
 A run goes through all updates once, at a constant learning rate, and the averaged weights are
 evaluated on the way: one run gives the whole profile. Its rows come into results/scaling.csv when
