@@ -161,9 +161,9 @@ def main():
     args = parser.parse_args()
     names = suite.chosen(args.tasks)
     suite.need(names)
-    done = {row["task"] for row in suite.read("suite_levels.csv")}
+    present = {row["task"] for row in suite.read("suite_levels.csv")}
     for task in names:
-        if suite.TABLE[task].behavior == "levels" or (task in done and not args.again):
+        if suite.TABLE[task].behavior == "levels" or (task in present and not args.again):
             continue
         began = time.process_time()
         rows = levels_of(task)
