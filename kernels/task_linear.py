@@ -195,7 +195,9 @@ class Launch(NamedTuple):
 
 # LAUNCHES[target][kernel]: what runs, and what tests/test_kernels.py compiles. All in exact fp32.
 ANYWHERE = {"forward": Launch(32, 16, 32, 4, 1), "backward": Launch(16, 32, 32, 4, 1)}
-LAUNCHES = {target: ANYWHERE for target in ("sm_80", "sm_90", "sm_100", "gfx942")}
+LAUNCHES = {target: ANYWHERE for target in ("sm_80", "sm_90", "gfx942")}
+# With 4 warps, Triton 3.6 puts 16 bytes a thread on the stack.
+LAUNCHES["sm_100"] = {**ANYWHERE, "forward": Launch(32, 16, 32, 8, 1)}
 KERNELS = {"forward": forward_kernel, "backward": backward_kernel}
 
 
