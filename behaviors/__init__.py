@@ -23,7 +23,7 @@ TASKS = (
     "Reacher-v5",
     "Pusher-v5",
 )
-# Tasks that no choice of the recipe has seen; not in the default data (studies/unseen.py).
+# Tasks that no choice of the recipe has seen; not in the default data (studies/ladder.py).
 UNSEEN = ("InvertedPendulum-v5", "HalfCheetahGoal-v0")
 LEVELS = ("random", "weak", "medium", "expert")
 # Gaussian noise in half-widths of the action box: the scanned value that leaves the expert nearest

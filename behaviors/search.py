@@ -22,6 +22,7 @@ import envs
 from behaviors import LEVELS, Policy, ars, suite, td3
 from behaviors.ars import BANDS, replacing
 from behaviors.measure import CHOICE_SEED, REPORT_SEED
+from data import DataError
 
 LEANS, HALVINGS = (0.05, 0.2, 0.8), 3  # tried at first; then between the two nearest, so often
 CHOICE_EPISODES, EPISODES = 1, 5
@@ -159,8 +160,11 @@ def main():
     parser.add_argument("--tasks", nargs="+", help="as of `prepare.py suite` (default: all)")
     parser.add_argument("--again", action="store_true", help="also what is there already")
     args = parser.parse_args()
-    names = suite.chosen(args.tasks)
-    suite.need(names)
+    try:
+        names = suite.chosen(args.tasks)
+        suite.need(names)
+    except DataError as error:
+        parser.error(error)
     present = {row["task"] for row in suite.read("suite_levels.csv")}
     for task in names:
         if suite.TABLE[task].behavior == "levels" or (task in present and not args.again):

@@ -18,9 +18,9 @@ import torch
 
 import prepare
 from behaviors import suite
-from data import FINAL_OBS, FLAG, Batch
+from data import FINAL_OBS, FLAG, Batch, DataError
 from learner import Learner, settings_for
-from model import config_for, count_parameters
+from model import SIZES, config_for, count_parameters
 from studies import print_table
 from studies.ladder import Table, at_a_time, new_parser, train
 
@@ -140,7 +140,8 @@ def main():
     parser.add_argument("--algo", nargs="+", choices=ALGOS, default=ALGOS)
     parser.add_argument("--seeds", nargs="+", type=int, default=(0,))
     parser.add_argument("--transitions", type=int, default=20_000, help="a task, of new data")
-    parser.add_argument("--cost", nargs="*", metavar="SIZE", help="what the maps cost, by size")
+    parser.add_argument("--cost", nargs="*", metavar="SIZE", choices=SIZES,
+                        help="what the maps cost, by size")
     parser.add_argument("flags", nargs="*", help="of train.py, behind a --")
     args = parser.parse_args()
     if args.cost is not None:
@@ -157,11 +158,14 @@ def main():
         wanted = [(group, algo, seed)
                   for seed in args.seeds for group in args.tasks for algo in args.algo]
         jobs = table.missing(wanted)
-        for group in {group for group, _, _ in jobs}:
-            names = suite.chosen([group])
+        groups = list(dict.fromkeys(group for group, _, _ in jobs))
+        try:
+            names = suite.chosen(groups) if groups else []
             suite.need(names)
             suite.need_levels(names)
-            prepare.build(data, ["switching"], names, args.transitions, source=suite)
+        except DataError as error:
+            parser.error(error)
+        prepare.build(data, ["switching"], names, args.transitions, source=suite)
         at_a_time(args.workers, work, jobs)
     show(table)
 

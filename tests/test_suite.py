@@ -5,7 +5,10 @@ What needs a package that is not in requirements.txt is skipped without it.
 
 import importlib.util
 import re
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -22,6 +25,7 @@ from studies.ladder import Table
 from studies.suite import COLUMNS, KEY, metas_of, random_batch, show, signed_rank
 from tests.conftest import tiny
 
+ROOT = Path(__file__).parent.parent
 MEASURED = {row["task"] for row in suite.read("suite_levels.csv")}
 
 
@@ -279,6 +283,16 @@ def test_the_table_has_the_dimensions_of_the_environments(task, package):
 ])
 def test_the_signed_rank_test_by_known_values(differences, p):
     assert signed_rank(differences) == pytest.approx(p, abs=1e-4)
+
+
+@pytest.mark.parametrize("module", ["behaviors.search", "studies.suite"])
+def test_an_unknown_task_is_one_line(module, tmp_path):
+    words = [sys.executable, "-m", module, "--tasks", "metawrld"]
+    if module == "studies.suite":
+        words += ["--folder", str(tmp_path / "new")]
+    ran = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 2 and "no such task or domain" in ran.stderr.splitlines()[-1]
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_study_counts_the_tasks_where_pac_is_above(tmp_path, capsys):
