@@ -5,6 +5,7 @@ Beside `env_id` a task's meta.json may hold `env_args` (of the constructor), `ma
 Dicts of observations are flattened by name; `obs_parts` has the order, and the widths.
 """
 
+import ctypes.util
 import importlib.util
 import json
 import os
@@ -32,8 +33,18 @@ NEUTRAL = ("OrderEnforcing", "PassiveEnvChecker", "RecordEpisodeStatistics", "Re
 STATEFUL = ("NormalizeObservation", "NormalizeReward")
 PROBE_STEPS = 10_000  # in which an environment without a registered limit has to set its own
 PROBE_SECONDS = 60
-# What a video needs of MuJoCo without a screen; set before MuJoCo is imported.
-os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")
+NO_DRAWING = "disable"  # what MuJoCo calls it
+
+
+def drawn_by():
+    """What MuJoCo draws videos with, without a screen. Where EGL is missing, as in a slim
+    container, MuJoCo with EGL would not even be imported; and all but videos needs none."""
+    if sys.platform != "linux":
+        return "glfw"
+    return "egl" if ctypes.util.find_library("EGL") else NO_DRAWING
+
+
+os.environ.setdefault("MUJOCO_GL", drawn_by())  # before MuJoCo is imported
 
 
 def describe(env_id, instruction, discount=0.99, reference=None, **kept):
@@ -252,7 +263,13 @@ def picture(env):
     if renderer is not None and renderer.viewer is not None:
         # Else the newest environment's is drawn in, and nothing once any of them was closed.
         renderer.viewer.make_context_current()
-    return env.render()
+    try:
+        return env.render()
+    except Exception:
+        if renderer is None or os.environ["MUJOCO_GL"] != NO_DRAWING:
+            raise
+        raise DataError("MuJoCo can draw nothing here, for EGL is missing: `apt install libegl1`") \
+            from None
 
 
 @contextmanager

@@ -410,8 +410,12 @@ class Learner:
         self.updates += 1
         return metrics
 
+    def learning_rate(self):
+        """Of the next update."""
+        return self.settings.learning_rate * schedule(self.updates, self.total_updates)
+
     def set_learning_rate(self):
-        rate = self.settings.learning_rate * schedule(self.updates, self.total_updates)
+        rate = self.learning_rate()
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(rate)

@@ -83,7 +83,8 @@ class Graphs:
         self.learner, self.replays = learner, {}
 
     def update_from(self, candidates, generator):
-        """What the learner's does, to the bit. The metrics are overwritten by the next update."""
+        """What the learner's does, of the same random numbers; rounding differs. The metrics are
+        overwritten by the next update."""
         learner = self.learner
         if learner.target_rate() > learner.settings.target_rate:  # no constant yet
             return learner.update_from(candidates, generator)

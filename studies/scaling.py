@@ -32,6 +32,7 @@ from behaviors import TASKS
 from checkpoint import RunError, checkpoints, find_checkpoint, restore, save
 from eval import act, draws, evaluate
 from kernels.categorical_projection import bellman_cross_entropy
+from kernels.graph import Graphs
 from learner import RISE, Learner, cloning_loss, data_weights, settings_for
 from model import SIZES, ModelConfig, config_for, count_parameters
 from studies import print_table, scaling_fit, scaling_show
@@ -205,12 +206,11 @@ class Steady(Learner):
         settings = replace(settings, warmup=WARMUP / total)
         super().__init__(config, settings, metas, total, **more)
 
-    def set_learning_rate(self):
+    def learning_rate(self):
         factor = min(1, (self.updates + 1) / RISE)
         if self.decay_from is not None and self.updates >= self.decay_from:
             factor = (self.last - self.updates) / (self.last - self.decay_from)
-        for group in self.optimizer.param_groups:
-            group["lr"] = factor * self.settings.learning_rate
+        return factor * self.settings.learning_rate
 
 
 def new_learner(job, metas, device="cpu"):
@@ -228,6 +228,7 @@ def held_out_losses(learner, batch):
 
     The critic's is the cross-entropy to the returns that were observed.
     """
+    batch = batch.to(learner.device)
     model, task = learner.target_model, batch.task
     action, observed = batch.action[:, 0], learner.scale(batch.return_to_go[:, 0], task)
     latents = model.encode(batch.obs[:, 0], task)
@@ -262,10 +263,11 @@ def restore_rows(run, learner):
     return [row for row in rows if row["updates"] <= learner.updates]
 
 
-def train(job, run, folder, last=None, episodes=EPISODES):
+def train(job, run, folder, device="cpu", last=None, episodes=EPISODES):
     """A run to its end, from where it was stopped -> its rows"""
     part = open_part(folder, job.share)
-    learner = new_learner(job, part.metas)
+    learner = new_learner(job, part.metas, device)
+    updates_of = learner if device == "cpu" else Graphs(learner)
     last = last or learner.last
     rng, _ = random_streams(job.seed, 2**31, "cpu")  # a stream that no update has
     learner.start_at(data.Sampler(**part.training, batch_size=20_000).sample(rng))
@@ -275,12 +277,13 @@ def train(job, run, folder, last=None, episodes=EPISODES):
     cost = operations(new_learner(job, part.metas, "meta"))
     sampler, rows = sampler_for(learner, part), restore_rows(run, learner)
     while learner.updates < last:
-        rng, generator = random_streams(job.seed, learner.updates, "cpu")
-        candidates = sampler.sample(rng)
-        learner.update_from(candidates, generator)
+        rng, generator = random_streams(job.seed, learner.updates, device)
+        candidates = sampler.sample(rng).to(learner.device)
+        metrics = updates_of.update_from(candidates, generator)
         updates = learner.updates
         evaluates = updates in EVALUATED or updates == last
         if evaluates:
+            learner.check(metrics)
             learner.measure_spread(candidates)
             row = {**same, "updates": updates, "flops": cost.until(updates),
                    **held_out_losses(learner, held_out),
@@ -312,7 +315,7 @@ def make(job, table, args):
     torch.set_num_threads(1)
     parallel.keep_memory()
     with data.only_writer(run):
-        rows = train(job, run, args.datasets / job.data, args.updates, args.episodes)
+        rows = train(job, run, args.datasets / job.data, args.device, args.updates, args.episodes)
     with data.only_writer(table.path.parent, wait=True):
         if table.missing([job]):
             table.append(map(rounded, rows))
@@ -411,6 +414,8 @@ def parse_args(argv=None):
     parser.add_argument("--folder", type=Path, help="instead of runs/ and results/, for a trial")
     parser.add_argument("--datasets", type=Path, default=prepare.DATASETS, metavar="DIR",
                         help="the default data (default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
+                        help="that trains: cuda by CUDA graphs (default: %(default)s)")
     parser.add_argument("--updates", type=int, help="a trial's: fewer than the sweep's")
     parser.add_argument("--episodes", type=int, default=EPISODES,
                         help="a task and evaluation (default: %(default)s)")
@@ -429,7 +434,8 @@ def parse_args(argv=None):
 def run(jobs, missing, table, args):
     """The runs that are missing, each in a process of its own. One that fails stops no other."""
     given = [f"--{name}={value}" for name, value in
-             (("folder", args.folder), ("updates", args.updates), ("episodes", args.episodes))
+             (("folder", args.folder), ("updates", args.updates), ("episodes", args.episodes),
+              ("device", args.device))
              if value is not None]
 
     def work(job):

@@ -412,6 +412,26 @@ def test_every_command_of_a_readme_parses(folder, least):
     assert finished.returncode == 0, finished.stderr
 
 
+def test_all_but_videos_works_without_egl():
+    """As in a slim container, where MuJoCo with EGL cannot even be imported."""
+    script = """
+import ctypes.util, os
+find = ctypes.util.find_library
+ctypes.util.find_library = lambda name: None if name == "EGL" else find(name)
+os.environ.pop("MUJOCO_GL", None)
+import envs
+env = envs.make({"env_id": "Hopper-v5"}, render=True)
+print(env.reset(seed=0)[0].shape)
+try:
+    envs.picture(env)
+except envs.DataError as error:
+    print(error)
+"""
+    finished = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True,
+                              text=True)
+    assert finished.stdout.startswith("(11,)\nMuJoCo can draw nothing here"), finished
+
+
 def test_a_film_goes_on_after_another_environment_is_closed():
     """MuJoCo's contexts are one a process: each has to be made current before it draws."""
     one, other = (envs.make({"env_id": name}, render=True) for name in ("Hopper-v5", REACHER))
