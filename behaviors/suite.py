@@ -3,6 +3,7 @@
     suite.csv           a row a task: its environment, instruction, kind of behaviour, success
     suite_levels.csv    what the levels of each task were measured to be worth
     suite.npz           the policies that `behaviors.search` found
+    wordings.csv        other words for some tasks; a model is not trained on those held out
 
 A task has one controller, a script or a policy that was searched for. Its levels are that
 controller with an error: it leans to one side, always the same one, by more the worse the level.
@@ -12,6 +13,7 @@ The seven tasks of the default data keep the levels that they have there.
 
 import csv
 import importlib.util
+import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,6 +63,24 @@ def read(name):
 
 
 TABLE = {row["task"]: Row(**row) for row in read("suite.csv")}
+
+
+def embodiment(task):
+    """Tasks of one share the robot and what is observed of it: all of Meta-World's do.
+
+    Of dm_control and gymnasium-robotics the beginning of the name tells the robot.
+    """
+    row = TABLE[task]
+    if row.domain == "gymnasium":
+        return ""
+    robot = re.match(r"metaworld|dm-[^-]+|[A-Z][a-z]+", task)[0]
+    return f"{robot}-{row.obs_dim}-{row.action_dim}"
+
+
+def paraphrases(task, held_out=False):
+    """Other wordings of a task's instruction; held_out: those that no model is trained on."""
+    return [row["instruction"] for row in read("wordings.csv")
+            if row["task"] == task and bool(row["held_out"]) == held_out]
 
 
 def chosen(texts):
@@ -198,6 +218,7 @@ def describe(task, discount):
         reference = None
     meta = envs.describe(instruction=TABLE[task].instruction, discount=discount,
                          reference=reference, **environment(task))
+    meta |= {"embodiment": embodiment(task), "paraphrases": paraphrases(task)}
     return {**meta, "sub_optimal": True} if sub_optimal(task) else meta
 
 
