@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import gymnasium
 import numpy as np
 
 import behaviors
@@ -208,6 +209,28 @@ def environment(task):
     return kept
 
 
+class Breakable(gymnasium.Wrapper):
+    """An episode ends where its physics breaks down: dm_control then raises an error."""
+
+    def reset(self, **options):
+        self.obs, info = self.env.reset(**options)
+        return self.obs, info
+
+    def step(self, action):
+        try:
+            self.obs, *rest = self.env.step(action)
+        except Exception as error:
+            if type(error).__name__ != "PhysicsError":  # of a package that is optional
+                raise
+            return self.obs, 0.0, True, False, {}
+        return self.obs, *rest
+
+
+def make(task):
+    """The environment that a task's behaviours act in."""
+    return Breakable(envs.make(environment(task)))
+
+
 def describe(task, discount):
     """The meta of a task before its first episode."""
     if TABLE[task].behavior == "levels":
@@ -224,5 +247,5 @@ def describe(task, discount):
 
 def play_block(job):
     """A list of episodes; job as of collect.jobs_of"""
-    env = envs.make(environment(job[0]))
+    env = make(job[0])
     return collect.play_some(env, *policies_of(job[0], env), job)
