@@ -6,6 +6,7 @@ A data set is a folder with one directory a task; `prepare.py` makes, converts a
         meta.json      what it is, for people and programs; says how many episodes and rows count
         episodes.npy   one record an episode: start (row), length (transitions), return, checksum
         rows.bin       float32 rows,  obs | action | reward | return_to_go | flag
+        frames.bin     uint8, a picture a row, if meta.json has its shape as `frame`
 
 An episode of T transitions has T + 1 rows. The last row holds only the final observation, so that a
 truncated episode can bootstrap from it. Rows t and t+1 make a transition: one gather reads a whole
@@ -15,6 +16,7 @@ what a killed writer left, and the next writer cuts it off.
 
 import io
 import json
+import math
 import mmap
 import os
 import sys
@@ -22,7 +24,7 @@ import zlib
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -43,6 +45,7 @@ TERMINATED, TRUNCATED, FINAL_OBS = 1, 2, 4  # a row's flag; 0 is an ordinary ste
 EPISODE = np.dtype([("start", "<i8"), ("length", "<i8"), ("return", "<f8"), ("checksum", "<i8")])
 AT_ONCE_BYTES = 3 << 20  # batches smaller than this are made several at once
 LARGEST = 1e18  # the square of a larger number overflows in float32
+HISTORY = 3  # pictures that are seen at a time: of a step, and of those before it
 
 
 class DataError(Exception):
@@ -59,6 +62,7 @@ class Episode:
     action: np.ndarray
     reward: np.ndarray
     terminated: bool
+    frames: np.ndarray = None  # (T+1, height, width, channels) uint8, if the task has pictures
 
 
 @dataclass
@@ -74,6 +78,11 @@ class Batch:
     task: torch.Tensor  # (B,) int64, an index into the list of tasks
     alpha: torch.Tensor = None  # (B,) the weight of cloning, if the data's sources have their own
     worth: torch.Tensor = None  # (B,) the weight in the policy's terms, if rows were chosen
+    # Where the tasks have pictures: which are seen at a window's first state and at its last,
+    # (B, 2, HISTORY, 2), and how they are read. They are read late, when rows have been chosen.
+    place: torch.Tensor = None
+    pictures: "Pictures" = None
+    frames: torch.Tensor = None  # (B, 2, HISTORY, height, width, channels) uint8, once read
 
     obs = property(lambda self: self.rows[:, :-1, :self.obs_dim])
     next_obs = property(lambda self: self.rows[:, 1:, :self.obs_dim])
@@ -194,6 +203,19 @@ def row_width(meta):
     return meta["obs_dim"] + meta["action_dim"] + 3
 
 
+def checked_frames(frames, steps, meta, what):
+    """An episode's pictures, if the task has any; DataError if they are not those of meta.json."""
+    shape = meta.get("frame")
+    if frames is None and shape is None:
+        return b""
+    if frames is None or shape is None or frames.dtype != np.uint8 or \
+            frames.shape != (steps + 1, *shape):
+        found = "none" if frames is None else f"{frames.shape} of {frames.dtype}"
+        expected = "none" if shape is None else f"{(steps + 1, *shape)} of uint8"
+        raise DataError(f"{what}: pictures: {found}, expected {expected}")
+    return np.ascontiguousarray(frames)
+
+
 @dataclass
 class Tally:
     """What could not be kept of episodes as it was."""
@@ -249,6 +271,15 @@ def pack(episode, meta, where, tally):
     return rows
 
 
+def frames_file(folder, meta):
+    """frames.bin, open behind the pictures that count; none of a task that has none."""
+    if not meta.get("frame"):
+        return nullcontext()
+    file = open(folder / "frames.bin", "ab")
+    file.truncate(meta["rows"] * math.prod(meta["frame"]))
+    return file
+
+
 def append(folder, episodes, meta=None, source=None, skip=False):
     """Write `episodes` (an iterable of Episode) behind those in `folder`; with `meta`, start it
     anew. -> a Tally
@@ -265,23 +296,28 @@ def append(folder, episodes, meta=None, source=None, skip=False):
             raise DataError(f"{folder}: there is a data set already; append to it, or delete it")
         before, start = len(records), meta["rows"]
         low, high = meta["return_to_go"] or (np.inf, -np.inf)
-        with open(folder / "rows.bin", "ab") as file:
+        with open(folder / "rows.bin", "ab") as file, frames_file(folder, meta) as pictures:
             file.truncate(start * row_width(meta) * 4)
             for number, episode in enumerate(episodes, before):
+                where = f"{source or folder}, episode {number}"
                 try:
-                    rows = pack(episode, meta, f"{source or folder}, episode {number}", tally)
+                    rows = pack(episode, meta, where, tally)
+                    frames = checked_frames(episode.frames, len(rows) - 1, meta, where)
                 except DataError as error:
                     if not skip:
                         raise
                     tally.skipped.append(str(error))
                     continue
                 total = np.sum(rows[:, REWARD], dtype=np.float64)
-                records.append((start, len(rows) - 1, total, zlib.crc32(rows)))
+                records.append((start, len(rows) - 1, total, zlib.crc32(frames, zlib.crc32(rows))))
                 low = min(low, float(rows[:-1, RETURN].min()))
                 high = max(high, float(rows[:-1, RETURN].max()))
                 file.write(rows)
+                if pictures:
+                    pictures.write(frames)
                 start += len(rows)
-            close(file)
+            for written in filter(None, (pictures, file)):
+                close(written)
         if len(records) == before:
             why = f": {tally.skipped[0]}" if tally.skipped else ""
             raise DataError(f"{source or folder}: there are no episodes{why}")
@@ -314,12 +350,18 @@ class Task:
         self.folder, self.name = Path(folder), Path(folder).name
         self.meta = self.read_meta()
         self.episodes = self.read_episodes()
-        try:
-            with open(self.folder / "rows.bin", "rb") as file:
-                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (FileNotFoundError, ValueError):
-            raise self.fault("rows.bin", "the file is missing or empty") from None
+        self.map, self.frames_map = self.opened("rows.bin"), None
         self.rows()
+        if self.meta.get("frame"):
+            self.frames_map = self.opened("frames.bin")
+            self.frames()
+
+    def opened(self, name):
+        try:
+            with open(self.folder / name, "rb") as file:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (FileNotFoundError, ValueError):
+            raise self.fault(name, "the file is missing or empty") from None
 
     def fault(self, name, what):
         return DataError(f"{self.folder / name}: {what}; delete {self.folder} and make it again")
@@ -351,22 +393,41 @@ class Task:
 
     def rows(self):
         """All rows (R, width), not copied."""
-        count, width = self.meta["rows"], row_width(self.meta)
-        found, expected = self.map.size(), count * width * 4
+        return self.array("rows.bin", self.map, "<f4", (row_width(self.meta),))
+
+    def frames(self):
+        """All pictures (R, height, width, channels), not copied; None if the task has none."""
+        if self.frames_map is None:
+            return None
+        return self.array("frames.bin", self.frames_map, np.uint8, self.meta["frame"])
+
+    def array(self, name, map, dtype, shape):
+        count = self.meta["rows"] * math.prod(shape)
+        found, expected = map.size(), count * np.dtype(dtype).itemsize
         if found < expected:  # to read a map beyond its file's end would kill the process
             what = f"{found:,} bytes, expected {expected:,}: the file was cut short"
-            raise self.fault("rows.bin", what)
-        return np.frombuffer(self.map, "<f4", count * width).reshape(count, width)
+            raise self.fault(name, what)
+        return np.frombuffer(map, dtype, count).reshape(-1, *shape)
+
+    def of_episode(self, array, number):
+        """What belongs to an episode: (T+1, ...), not copied."""
+        start, length = self.episodes["start"][number], self.episodes["length"][number]
+        return None if array is None else array[start:start + length + 1]
 
     def episode_rows(self, number):
         """An episode's rows (T+1, width), not copied."""
-        start, length = self.episodes["start"][number], self.episodes["length"][number]
-        return self.rows()[start:start + length + 1]
+        return self.of_episode(self.rows(), number)
 
     def episode(self, number):
         rows, O = self.episode_rows(number), self.meta["obs_dim"]
         terminated = bool(rows[-2, FLAG] == TERMINATED)
-        return Episode(rows[:, :O], rows[:-1, O:REWARD], rows[:-1, REWARD], terminated)
+        return Episode(rows[:, :O], rows[:-1, O:REWARD], rows[:-1, REWARD], terminated,
+                       self.of_episode(self.frames(), number))
+
+    def checksum(self, number):
+        """What an episode's bytes come to; its record has what they came to when it was written."""
+        found, frames = zlib.crc32(self.episode_rows(number)), self.of_episode(self.frames(), number)
+        return found if frames is None else zlib.crc32(frames, found)
 
     def __iter__(self):
         return (self.episode(number) for number in range(len(self.episodes)))
@@ -397,6 +458,27 @@ def best_episodes(episodes, share):
     return episodes[np.sort(best_first[:keep])]
 
 
+class Pictures:
+    """The pictures of several sources' rows, read where they lie on the disk."""
+
+    def __init__(self, tasks):
+        shapes = {tuple(task.meta["frame"]) for task in tasks if task.meta.get("frame")}
+        if len(shapes) > 1:
+            raise DataError(f"pictures of several shapes: {shapes}; one model takes one")
+        self.maps, self.shape = [task.frames() for task in tasks], *shapes
+
+    def read(self, place):
+        """place (..., 2), of each picture its source and row -> (..., height, width, channels); of
+        a source without pictures zeros"""
+        flat = place.cpu().numpy().reshape(-1, 2)
+        out = np.zeros((len(flat), *self.shape), np.uint8)
+        for number, frames in enumerate(self.maps):
+            here = np.flatnonzero(flat[:, 0] == number)
+            if frames is not None:
+                out[here] = frames[flat[here, 1]]
+        return torch.from_numpy(out).view(*place.shape[:-1], *self.shape)
+
+
 class Sampler:
     """Draws mixed-task batches of windows of T = `steps` transitions from memory maps.
 
@@ -418,6 +500,8 @@ class Sampler:
         self.has_alphas = alphas is not None
         weights = np.ones(len(tasks)) if weights is None else np.array(weights, float)
         names = list(dict.fromkeys(task.name for task in tasks))
+        has_pictures = any(task.meta.get("frame") for task in tasks)
+        self.pictures = Pictures(tasks) if has_pictures else None
         self.sources, source, final, length, chance = [], [], [], [], []
         for number, task in enumerate(tasks):
             alpha = alphas[number] if self.has_alphas else None
@@ -433,6 +517,7 @@ class Sampler:
         # of one less than there are, so that no rounding leads out at the interval's start.
         self.source, self.final = np.concatenate(source), np.concatenate(final)
         length, chance = np.concatenate(length), np.concatenate(chance)
+        self.first = self.final - length  # an episode's first row
         self.ends = np.cumsum(chance)
         self.ends[self.ends == self.ends[-1]] = 1 + 1e-15
         self.density = (length - 1e-6) / np.maximum(chance, 1e-100)
@@ -485,11 +570,27 @@ class Sampler:
             tasks[first:last] = here.task
             if self.has_alphas:
                 alphas[first:last] = here.alpha
-        made = [rows, tasks, alphas] if self.has_alphas else [rows, tasks]
-        made = [torch.from_numpy(array).unflatten(0, (len(rngs), -1)) for array in made]
-        if self.device.type == "cuda":  # copies that the GPU makes beside its work
-            made = [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in made]
-        return [Batch(rows, self.obs_dim, *others) for rows, *others in zip(*made)]
+        made = {"rows": rows, "task": tasks}
+        if self.has_alphas:
+            made["alpha"] = alphas
+        if self.pictures:
+            made["place"] = self.places(source, self.first.take(episode), index)
+        batches = [{} for _ in rngs]
+        for name, array in made.items():
+            tensor = torch.from_numpy(array).unflatten(0, (len(rngs), -1))
+            if self.device.type == "cuda":  # copies that the GPU makes beside its work
+                tensor = tensor.pin_memory().to(self.device, non_blocking=True)
+            for batch, part in zip(batches, tensor):
+                batch[name] = part
+        return [Batch(obs_dim=self.obs_dim, pictures=self.pictures, **batch) for batch in batches]
+
+    def places(self, source, first, index):
+        """Which pictures are seen at the first and last states of windows `index` (B, T+1): (B, 2,
+        HISTORY, 2), each a source and a row, the latest last. Before an episode's start stands its
+        first one."""
+        ends = index[:, [0, -1], None]  # (B, 2, 1)
+        rows = np.maximum(ends - np.arange(HISTORY)[::-1], first[:, None, None])
+        return np.stack([np.broadcast_to(source[:, None, None], rows.shape), rows], axis=-1)
 
     def gather(self, source, index, out):
         """Copy a source's rows `index` (B, T+1) to `out` (B, T+1, width), actions in [-1, 1]."""

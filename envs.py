@@ -223,31 +223,36 @@ def check_parts(space, name):
 
 
 def make(meta, render=False):
-    """The environment of a task's meta.json; its observations are vectors."""
+    """The environment of a task's meta.json; its observations are vectors. render: for videos; that
+    of a task with pictures always draws, in their size."""
     registered(meta["env_id"])
+    frame = meta.get("frame")
+    render = render or bool(frame)
     options = dict(meta.get("env_args", {}))
     if "max_episode_steps" in meta:
         options["max_episode_steps"] = meta["max_episode_steps"]
     if render:
         options["render_mode"] = "rgb_array"
+    if frame and meta["env_id"].startswith("dm_control/"):
+        options["render_kwargs"] = {"height": frame[0], "width": frame[1], "camera_id": 0}
     env = gymnasium.make(meta["env_id"], disable_env_checker=True, **options)
     for name, kwargs in meta.get("wrappers", ()):
         env = getattr(gymnasium.wrappers, name)(env, **kwargs)
     if not isinstance(env.observation_space, Box) or len(env.observation_space.shape) != 1:
         env = Flat(env)
     if render:
-        film(env)
+        film(env, frame[:2] if frame else (RENDER_SIZE, RENDER_SIZE))
     return env
 
 
-def film(env):
+def film(env, size):
     """Have MuJoCo render small pictures, fast, by the camera that follows the robot if its model
-    has one; other environments render as they will."""
+    has one; other environments render as they will. size: height and width"""
     renderer = getattr(env.unwrapped, "mujoco_renderer", None)
     if renderer is None:
         return
     import mujoco
-    renderer.width = renderer.height = RENDER_SIZE
+    renderer.height, renderer.width = size
     # Default quality renders 8 frames a second without a GPU; without these, over 145 (64 x 64,
     # 2026-11-22).
     renderer.model.vis.quality.offsamples = 0

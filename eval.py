@@ -95,8 +95,8 @@ LARGEST = float(np.finfo(np.float32).max)  # of a return
 # ---------------------------------------------------------------- acting
 
 @torch.no_grad()
-def act(model, obs, task, how, eta=2.0, noise=None):
-    """obs (B, O), task (B,) -> actions (B, A) in [-1, 1]
+def act(model, obs, task, how, eta=2.0, noise=None, frames=None):
+    """obs (B, O), task (B,) -> actions (B, A) in [-1, 1]. frames: as of Perceiver.inputs
 
     noise: what they are drawn by, numbers uniform on [0, 1) of the shape (B, *draws(model, how))
 
@@ -107,7 +107,7 @@ def act(model, obs, task, how, eta=2.0, noise=None):
     best       of 16 draws from the sharpened policy, that of the highest Q
     """
     with in_bf16(model.config, obs.device):
-        latents = model.encode(obs, task)
+        latents = model.encode(obs, task, frames)
         policy = model.policy(latents, task)
     if how == "mean":
         return policy.mean()
@@ -147,6 +147,7 @@ class Play:
         self.low = np.array(meta["action_low"], np.float32)
         self.high = np.array(meta["action_high"], np.float32)
         self.obs, self.action, self.reward, self.frames = [], [], [], []
+        self.seen = []  # the pictures that the model is given: the last ones, or all that there were
         self.terminated = self.live = False
         self.env = self.failed = self.success = self.limit = None
 
@@ -203,7 +204,15 @@ class Play:
                              f"finite numbers, expected {shape}")
         if not self.keep:
             self.obs.clear()
+            del self.seen[:-data.HISTORY + 1]
         self.obs.append(obs)
+        if self.meta.get("frame"):
+            self.seen.append(envs.picture(self.env))
+
+    def history(self):
+        """The last pictures (HISTORY, height, width, channels); before the first stands the first"""
+        missing = data.HISTORY - len(self.seen)
+        return np.stack([self.seen[0]] * missing + self.seen[-data.HISTORY:])
 
     def close(self):
         """Let the environment go: many would fill the memory."""
@@ -218,7 +227,8 @@ class Play:
     def episode(self):
         """All of it if it was kept, otherwise the rewards alone."""
         obs, action = (np.array(x, np.float32) for x in (self.obs, self.action))
-        return data.Episode(obs, action, np.array(self.reward, np.float32), self.terminated)
+        frames = np.stack(self.seen) if self.seen else None
+        return data.Episode(obs, action, np.array(self.reward, np.float32), self.terminated, frames)
 
 
 def rollout(model, metas, episodes, seed=0, how="improved", eta=2.0, keep=False, render=False,
@@ -264,7 +274,13 @@ def step(model, plays, how, eta, device):
     noise = np.array([play.rng.random(shape, np.float32) for play in plays])
     task = torch.tensor([play.index for play in plays], device=device)
     obs, noise = torch.from_numpy(obs).to(device), torch.from_numpy(noise).to(device)
-    actions = act(model, obs, task, how, eta, noise).cpu().numpy()
+    frames = None
+    if model.pixels is not None:
+        shape = next(play.meta["frame"] for play in plays if play.meta.get("frame"))
+        none = np.zeros((data.HISTORY, *shape), np.uint8)
+        frames = [play.history() if play.seen else none for play in plays]
+        frames = torch.from_numpy(np.stack(frames)).to(device)
+    actions = act(model, obs, task, how, eta, noise, frames).cpu().numpy()
     for play, action in zip(plays, actions):
         play.step(action)
 

@@ -15,7 +15,7 @@ q = (return - low) / (high - low).
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,6 +26,7 @@ from model import Perceiver, in_bf16
 
 POOL = 8  # candidates for each place in a batch, where focus chooses
 VALUE_MARGIN = 0.2  # atoms reach past the data's returns by this share of their range, either side
+SHIFT = 4  # pixels, of pictures of 64 x 64
 RISE, FINAL_RATE = 200, 0.05  # of the learning rate: updates of its rise, the share left at the end
 
 
@@ -154,6 +155,19 @@ def schedule(update, total):
     return min(1, (update + 1) / RISE) * (FINAL_RATE + (1 - FINAL_RATE) * cosine)
 
 
+def shifted(frames, noise):
+    """Pictures (B, ..., H, W, C), moved by up to SHIFT pixels either way; at the edge the last row or
+    column is repeated. noise (B, 2): uniform on [0, 1)"""
+    H, W = frames.shape[-3:-1]
+    by = (noise * (2 * SHIFT + 1)).long() - SHIFT  # (B, 2)
+    rows = (torch.arange(H, device=by.device) + by[:, :1]).clamp(0, H - 1)  # (B, H)
+    columns = (torch.arange(W, device=by.device) + by[:, 1:]).clamp(0, W - 1)
+    numbers = torch.arange(len(frames), device=by.device)[:, None, None]
+    flat = frames.flatten(1, -4)  # (B, N, H, W, C)
+    moved = flat[numbers, :, rows[:, :, None], columns[:, None, :]]  # (B, H, W, N, C)
+    return moved.permute(0, 3, 1, 2, 4).reshape(frames.shape)
+
+
 # ---------------------------------------------------------------- one update
 
 class NonFinite(FloatingPointError):
@@ -251,7 +265,8 @@ class Learner:
         obs, action = batch.obs[:, 0], batch.action[:, 0]  # (B, O), (B, A)
         worth = 1.0 if batch.worth is None else batch.worth  # (B,)
         alpha = s.alpha if batch.alpha is None else batch.alpha  # (B,) where sources have their own
-        latents = self.model.encode(obs, task)  # (B, L, W)
+        frames = None if batch.frames is None else batch.frames[:, 0]
+        latents = self.model.encode(obs, task, frames)  # (B, L, W)
         policy = self.model.policy(latents, task)
         clone, improve, td, metrics = cloning_loss(policy, action), 0.0, 0.0, {}
 
@@ -294,16 +309,18 @@ class Learner:
         return self.improve_on_target(batch, noise, policy)
 
     def now_and_after(self, batch):
-        """obs (2B, O) and task (2B,): the batch's states, and those n steps on"""
+        """What the model is given, obs (2B, O), task (2B,) and pictures, if there are any: of the
+        batch's states, and of those n steps on"""
         obs = torch.cat([batch.obs[:, 0], batch.next_obs[:, -1]])
-        return obs, torch.cat([batch.task, batch.task])
+        frames = None if batch.frames is None else batch.frames.transpose(0, 1).flatten(0, 1)
+        return obs, torch.cat([batch.task, batch.task]), frames
 
     def improve_on_target(self, batch, noise, policy):
         """L^Q: pi_imp ∝ pi_theta' exp(Q / eta), and q' ~ p(q|s', a'), a' ~ pi_theta'."""
         s, target, task = self.settings, self.target_model, batch.task
         with torch.no_grad():  # everything that the target model says
-            obs, tasks = self.now_and_after(batch)
-            latents = target.encode(obs, tasks)  # (2B, L, W)
+            obs, tasks, frames = self.now_and_after(batch)
+            latents = target.encode(obs, tasks, frames)  # (2B, L, W)
             actions = target.policy(latents, tasks).sample(noise)  # (2B, N, A)
             probs = torch.softmax(target.q(latents, actions, tasks), dim=-1)  # (2B, N, M)
             probs_now, probs_after = probs.chunk(2)
@@ -350,6 +367,7 @@ class Learner:
         if self.updates <= self.warmup_updates and self.settings.beta > 0:
             generator = torch.Generator(self.device).manual_seed(0)
             part = batch.take(slice(None, None, self.pool))  # with every task's share
+            part = self.see(part)
             self.forward(part, self.noise(part, generator), 0.5)
 
     def choose(self, candidates, generator):
@@ -379,6 +397,16 @@ class Learner:
         rows = torch.searchsorted(sums, places * sums[-1])
         return candidates.take(rows.clamp(max=len(task) - 1))
 
+    def see(self, batch, generator=None):
+        """The Batch with its pictures, if its tasks have any; all of a row's are shifted by chance
+        alike (random shifts: Yarats et al. 2021), without a generator not at all."""
+        if batch.pictures is None:
+            return batch
+        frames = batch.pictures.read(batch.place).to(self.device)
+        if generator is not None:
+            frames = shifted(frames, self.rand((len(frames), 2), generator))
+        return replace(batch, frames=frames)
+
     def share(self):
         """The share of the observed return in this update's target."""
         return observed_share(self.updates, self.warmup_updates, self.total_updates)
@@ -389,6 +417,7 @@ class Learner:
         share, parts = self.share(), []
         for first in range(self.accumulate):
             part = batch.take(slice(first, None, self.accumulate))  # with every task's share
+            part = self.see(part, generator)
             with in_bf16(self.model.config, self.device):
                 loss, metrics = self.forward(part, self.noise(part, generator), share)
             (loss / self.accumulate).backward()

@@ -1,6 +1,7 @@
 """The Perceiver: encoders, latents, and the policy, Q and V decoders.
 
     observation scalars ─┐
+    pictures, if any ────┤
                          ├─ tokens ── cross-attention ──> latents ── self-attention ──> latents
     instruction words ───┘                                                                │
         a learned query per action dimension, and one ──── policy decoder ── log pi(a|s) <┤
@@ -23,6 +24,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from data import HISTORY
 from kernels.attention import attention
 from kernels.task_linear import look_up, task_linear
 
@@ -54,6 +56,7 @@ class TaskSpec:
     action_dim: int
     embodiment: str = ""  # none: one of its own
     paraphrases: list = field(default_factory=list)  # other wordings of the instruction
+    frame: list = None  # height, width, channels of its pictures, if it has any
 
 
 @dataclass
@@ -168,6 +171,38 @@ class Scalars(nn.Module):
         return tokens.unflatten(-1, (self.tokens, -1))
 
 
+class Residual(nn.Module):
+    """Two convolutions, whose result is added."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.layers = nn.Sequential(nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1),
+                                    nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1))
+
+    def forward(self, x):
+        return x + self.layers(x)
+
+
+class Pixels(nn.Module):
+    """Pictures -> tokens: the places of a small ResNet's feature map, an eighth as many either way,
+    with learned positions. The last HISTORY pictures are its channels."""
+
+    def __init__(self, frame, width):
+        super().__init__()
+        height, breadth, channels = frame
+        self.layers = nn.Sequential(
+            nn.Conv2d(HISTORY * channels, 32, 8, stride=4, padding=2), Residual(32), nn.ReLU(),
+            nn.Conv2d(32, 64, 4, stride=2, padding=1), Residual(64), nn.ReLU(),
+            nn.Conv2d(64, width, 1))
+        self.places = (height // 8) * (breadth // 8)
+        self.position = nn.Parameter(torch.randn(self.places, width))
+
+    def forward(self, frames):
+        """frames: (B, HISTORY, height, width, channels) uint8 -> (B, places, W)"""
+        x = frames.permute(0, 1, 4, 2, 3).flatten(1, 2).float() / 255 - 0.5
+        return self.layers(x).flatten(2).transpose(1, 2) + self.position
+
+
 class Attention(nn.Module):
     """Multi-head attention from x to its contexts, or to itself, and an MLP; pre-norm, residual."""
 
@@ -270,6 +305,9 @@ class Perceiver(nn.Module):
         buffer("obs_std", torch.ones(len(bodies), max(obs_dims)), persistent=True)
 
         self.obs_encoder = Scalars(obs_dims, config.obs_tokens, W)
+        frames = [task.frame for task in tasks if task.frame]
+        self.pixels = Pixels(frames[0], W) if frames else None
+        buffer("sees", torch.tensor([bool(task.frame) for task in tasks]))
         self.word_embedding = nn.Embedding(WORDS, W)
         self.word_position = nn.Parameter(torch.randn(self.words.shape[1], W))
         self.latents = nn.Parameter(torch.randn(1, config.latents, W))
@@ -324,16 +362,22 @@ class Perceiver(nn.Module):
         """The index (B,) of each one's embodiment."""
         return self.body[task] if self.shares else task
 
-    def inputs(self, obs, task):
-        """obs: (B, O), task: (B,) -> the latents' contexts, and the mask (B, I) of them"""
+    def inputs(self, obs, task, frames=None):
+        """obs: (B, O), task: (B,) -> the latents' contexts, and the mask (B, I) of them. frames:
+        (B, HISTORY, height, width, channels) uint8, if the model has pictures"""
         body = self.body_of(task)
         tokens = self.obs_encoder(obs, body, self.obs_mean, self.obs_std)  # (B, obs_tokens, W)
         words = self.word_embedding(self.words) + self.word_position  # (tasks, longest, W)
-        return (tokens, Shared(words, task)), self.input_mask[task]
+        contexts, mask = (tokens, Shared(words, task)), self.input_mask[task]
+        if self.pixels is None:
+            return contexts, mask
+        seen = self.sees[task][:, None].expand(-1, self.pixels.places)
+        return (*contexts, self.pixels(frames)), torch.cat([mask, seen], dim=1)
 
-    def encode(self, obs, task):
-        """obs: (B, O), task: (B,) int64 -> latents (B, L, W). What is past its own is ignored."""
-        contexts, mask = self.inputs(obs, task)
+    def encode(self, obs, task, frames=None):
+        """obs: (B, O), task: (B,) int64, frames: as of `inputs` -> latents (B, L, W). What is past
+        its own is ignored."""
+        contexts, mask = self.inputs(obs, task, frames)
         latents = self.encoder(Shared(self.latents, task), *contexts, mask=mask)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
@@ -374,16 +418,17 @@ class Perceiver(nn.Module):
         """
         return (probs * self.value_atoms).sum(-1)
 
-    def attention_scores(self, obs, task):
-        """Of the latents for the inputs: the observation's tokens, then words. (B, H, L, I)"""
-        contexts, mask = self.inputs(obs, task)
+    def attention_scores(self, obs, task, frames=None):
+        """Of the latents for the inputs: the observation's tokens, then words, then pictures' places.
+        (B, H, L, I)"""
+        contexts, mask = self.inputs(obs, task, frames)
         q, k, _ = self.encoder.project(Shared(self.latents, task), contexts)
         scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
         return scores.masked_fill(~mask[:, None, None], -1e9)
 
-    def attention_entropy(self, obs, task):
+    def attention_entropy(self, obs, task, frames=None):
         """Mean entropy, in nats, of the latents' attention over the inputs: low if it collapses."""
-        scores = self.attention_scores(obs, task)
+        scores = self.attention_scores(obs, task, frames)
         return torch.distributions.Categorical(logits=scores).entropy().mean()
 
 

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import Batch
+from data import HISTORY, Batch
 from model import Attention, Perceiver, computes_in_bf16, count_parameters
 
 LAUNCHED = dist.is_torchelastic_launched()
@@ -237,7 +237,12 @@ def meta_batch(learner, batch_size):
     """A Batch for a learner on the meta device, where tensors have shapes but no memory."""
     O, A = learner.model.obs_mean.shape[1], learner.model.action_mask.shape[1]
     rows = torch.empty(batch_size, learner.settings.n_step + 1, O + A + 3, device="meta")
-    return Batch(rows, O, torch.empty(batch_size, dtype=torch.long, device="meta"))
+    batch = Batch(rows, O, torch.empty(batch_size, dtype=torch.long, device="meta"))
+    shapes = [task.frame for task in learner.model.config.tasks if task.frame]
+    if shapes:
+        batch.frames = torch.empty(batch_size, 2, HISTORY, *shapes[0], dtype=torch.uint8,
+                                   device="meta")
+    return batch
 
 
 def flops_per_update(learner, batch_size, share=0):

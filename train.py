@@ -326,6 +326,8 @@ def random_streams(seed, step, device):
 
 def start(config, settings, metas, sources):
     """A learner that begins at the data, on all ranks."""
+    if config.graph and any(meta.get("frame") for meta in metas):
+        raise RunError("--graph: a graph cannot read pictures, and these tasks have some")
     learner = Learner(config_for(config.size, metas), settings, metas, config.steps, config.device,
                       config.seed, config.accumulate)
     learner.model.recompute = config.recompute
@@ -402,7 +404,9 @@ def evaluate_on_the_way(target, metas, config, settings, batch, bar):
     bar.write(f"update {bar.n}: {short}")
     for text in summary["failed"]:
         bar.write(f"  failed, and left out: {text}")
-    line["model/attention_entropy"] = target.attention_entropy(batch.obs[:, 0], batch.task).item()
+    if target.pixels is None:
+        entropy = target.attention_entropy(batch.obs[:, 0], batch.task)
+        line["model/attention_entropy"] = entropy.item()
     return line
 
 

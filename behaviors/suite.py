@@ -226,9 +226,9 @@ class Breakable(gymnasium.Wrapper):
         return self.obs, *rest
 
 
-def make(task):
-    """The environment that a task's behaviours act in."""
-    return Breakable(envs.make(environment(task)))
+def make(task, frame=None):
+    """The environment that a task's behaviours act in; frame: the shape of its pictures, if any"""
+    return Breakable(envs.make({**environment(task), "frame": frame}))
 
 
 def describe(task, discount):

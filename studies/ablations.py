@@ -37,9 +37,9 @@ def action_as_token():
     """The action is one more input token, so that every action has latents of its own."""
     encode = model.Perceiver.encode
 
-    def encode_and_keep(self, obs, task):
+    def encode_and_keep(self, obs, task, frames=None):
         self.obs = obs
-        return encode(self, obs, task)
+        return encode(self, obs, task, frames)
 
     def q(self, _, action, task):
         B, N, _ = action.shape

@@ -97,7 +97,7 @@ def plain_tokens(encoder, x, task):
 class PlainPerceiver(Perceiver):
     """The reference of model.Perceiver: tables are indexed, and each action has its own latents."""
 
-    def inputs(self, obs, task):
+    def inputs(self, obs, task, frames=None):
         obs = (obs - self.obs_mean[task]) / self.obs_std[task]
         words = self.word_embedding(self.words[task]) + self.word_position
         return (plain_tokens(self.obs_encoder, obs, task), words), self.input_mask[task]

@@ -1,0 +1,52 @@
+"""One model that sees four tasks through cameras alone: cloning against PAC.
+
+    python -m studies.pixels              data and runs that are missing, then the table
+    python -m studies.pixels --table      no runs: what results/pixels.csv says
+    python -m studies.pixels --folder /tmp/try --transitions 200 -- --steps 4 --episodes 1     a trial
+
+Positions are withheld: what stands beside three pictures of 64 x 64 is a one (behaviors/pixels.py).
+"""
+
+from pathlib import Path
+
+import prepare
+from behaviors import pixels, suite
+from data import DataError
+from studies.ladder import Table, add_choices, at_a_time, new_parser, print_scores, train
+
+TASKS = ("Reacher-v5", "InvertedDoublePendulum-v5", "metaworld-window-close",
+         "metaworld-button-press-topdown")
+ALGOS = ("bc", "rwr", "one_step", "pac")
+SHARES = dict(random=0.2, weak=0.3, medium=0.25, expert=0.25)
+TRANSITIONS, UPDATES, EPISODES = 10_000, 3_000, 10
+COLUMNS = ("part", "algo", "seed", "task", "episodes", "score", "success")
+
+
+def main():
+    parser = new_parser(__doc__)
+    add_choices(parser, "part", ("switching",), ALGOS)
+    parser.add_argument("--transitions", type=int, default=TRANSITIONS, help="a task, of new data")
+    args = parser.parse_args()
+    table = Table("pixels", COLUMNS, ("part", "algo", "seed"), args.folder)
+    data = (args.folder or Path("datasets")) / "pixels"
+
+    def work(job):
+        part, algo, _ = job
+        train(table, job, data / part, ["--steps", UPDATES, "--episodes", EPISODES, *args.flags])
+
+    if not args.table:
+        try:
+            suite.need(TASKS)
+        except DataError as error:
+            parser.error(error)
+        wanted = [(part, algo, seed)
+                  for seed in args.seeds for part in args.part for algo in args.algo]
+        prepare.build(data, args.part, TASKS, args.transitions, SHARES, source=pixels)
+        at_a_time(args.workers, work, table.missing(wanted))
+    for part in args.part:
+        print(f"\n{part}: mean ± standard deviation over seeds\n")
+        print_scores(table.methods("algo", ALGOS, TASKS, part=part), TASKS)
+
+
+if __name__ == "__main__":
+    main()
