@@ -169,7 +169,7 @@ def show(tasks, scores, path):
 def draw(choices, path):
     """The gain over the recipe's own way against K."""
     names = {"one": "one way for all tasks", "each": "a way for each task"}
-    figure, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     for number, (name, label) in enumerate(reversed(names.items())):
         gains = [point(found[name] - found["own"]) for _, found in choices.values()]
         centre, low, high = np.array(gains).T
@@ -180,9 +180,9 @@ def draw(choices, path):
                label="a way by chance")
     ax.axhline(0, color="grey", linewidth=0.8, linestyle=":", label="the recipe's own way")
     ax.set_xticks(range(len(choices)), choices)
-    ax.set(xlabel="K, episodes of each task and way that are seen before the choice",
-           ylabel="IQM above the recipe's own way")
-    plots.legend_below(figure, ax)
+    ax.set_xlabel("K, episodes of each task and way that are seen before the choice")
+    ax.set_ylabel("IQM above the recipe's own way")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     plots.save(figure, path)
 
 
