@@ -20,7 +20,8 @@ import numpy as np
 
 import plots
 from checkpoint import RunError, load_run
-from eval import COUNT, iqm, normalise, rollout
+from eval import iqm, normalise, rollout
+from flags import COUNT
 from studies import print_table
 from studies.ladder import Table
 
