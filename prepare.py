@@ -36,7 +36,18 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
+    add_makers(commands)
+    add_converters(commands)
+    add_mix(commands)
+    texts = {"info": "what is in a data set", "verify": "read every byte and check it"}
+    for name, text in texts.items():
+        look = commands.add_parser(name, help=text)
+        look.add_argument("folder", type=Path)
+    return parser.parse_args(argv)
 
+
+def add_makers(commands):
+    """`build` and `suite`, which make data by the policies in behaviors/."""
     build = commands.add_parser("build", help="make the default data set (what is missing of it)")
     build.add_argument("--out", type=Path, default=DATASETS, help="folder (default: %(default)s)")
     build.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, metavar="TASK")
@@ -60,6 +71,9 @@ def parse_args(argv=None):
                           help="of the returns to go (default: %(default)s)")
         made.add_argument("--seed", type=NATURAL, default=0)
 
+
+def add_converters(commands):
+    """`import` and `export`, from and to other formats."""
     read = commands.add_parser("import", help="make a task of a data set in another format")
     add = read.add_argument
     add("source", help="minari:ID, an .hdf5 file as D4RL's or robomimic's, a folder of .npz files, "
@@ -86,6 +100,8 @@ def parse_args(argv=None):
     write.add_argument("task", type=Path, help="such as datasets/switching/Hopper-v5")
     write.add_argument("target", help="minari:ID, a new .hdf5 file, or a new folder for .npz files")
 
+
+def add_mix(commands):
     mix = commands.add_parser("mix", help="make one data set of some of the episodes of several")
     mix.add_argument("out", type=Path, help="a new data set")
     mix.add_argument("sources", type=Path, nargs="+", help="data sets")
@@ -93,12 +109,6 @@ def parse_args(argv=None):
                      help="of each source's episodes (default: all)")
     mix.add_argument("--seed", type=NATURAL, default=0,
                      help="of which episodes (default: %(default)s)")
-
-    texts = {"info": "what is in a data set", "verify": "read every byte and check it"}
-    for name, text in texts.items():
-        look = commands.add_parser(name, help=text)
-        look.add_argument("folder", type=Path)
-    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
