@@ -5,6 +5,7 @@
     python eval.py runs/pac-small-0 --act mean          the policy alone, without its critic
     python eval.py runs/pac-small-0 --video hopper.gif --tasks Hopper-v5
     python eval.py runs/pac-small-0 --record datasets/own     append the episodes to a data set
+    python eval.py RUN --tasks metaworld-push --instruction "shove the puck"    told in other words
 
 A score is a return, scaled so that the uniform random policy has 0 and the data's expert 1; a task
 without this reference has returns alone. An episode succeeds if its `info` says so at any step. An
@@ -32,6 +33,7 @@ def parse_args(argv=None):
     add("runs", nargs="+", metavar="RUN", help="folders that train.py made")
     add("--episodes", type=COUNT, default=EPISODES, help="a task (default: %(default)s)")
     add("--tasks", nargs="+", metavar="TASK", help="only these (default: all of the run's)")
+    add("--instruction", metavar="TEXT", help="what the model reads (default: the tasks' own)")
     add("--act", choices=ACTS, help="how to act (default: the run's way)")
     add("--eta", type=POSITIVE, help="of `improved`, in units of Q's spread (default: the run's)")
     add("--seed", type=NATURAL, default=1, help="of environments and actions (default: %(default)s)")
@@ -51,6 +53,7 @@ if __name__ == "__main__":
 
 import json
 import random
+import re
 from collections import deque
 from contextlib import suppress
 from errno import EACCES, EPERM, EROFS
@@ -348,7 +351,8 @@ def between(row):
 
 
 def evaluate(model, metas, episodes, seed=0, how="improved", eta=2.0):
-    """Roll out and summarise; `metas` as for `rollout`."""
+    """Roll out and summarise; `metas` as for `rollout`. Tasks are told in their first wording."""
+    model.speak(0)
     return summarise(rollout(model, metas, episodes, seed, how, eta))
 
 
@@ -388,7 +392,9 @@ def point(row, what):
 
 def evaluation_path(run, args, summary):
     """eval.json for a full evaluation; a look at less, or another way to act, has its own name."""
-    looks = [args.act, args.eta and f"eta{args.eta:g}", args.video and "video", *(args.tasks or ())]
+    told = args.instruction and re.sub(r"\W+", "-", f"told {args.instruction}")
+    looks = [args.act, args.eta and f"eta{args.eta:g}", args.video and "video", told,
+             *(args.tasks or ())]
     name = "-".join(["eval", *filter(None, looks)])
     if len(name) > 100:  # files' names have limits
         name = f"eval-{len(args.tasks)}-tasks"
@@ -437,6 +443,12 @@ def evaluate_run(run, args):
     has_q = settings["beta"] > 0 and settings.get("critic") != "v"
     if how in ("improved", "best") and not has_q:
         raise RunError(f"{run}: --act {how} needs a Q decoder, and {config['algo']} trains none")
+    if args.instruction is not None:
+        try:
+            for index in range(len(metas)):
+                model.tell(index, args.instruction)
+        except ValueError as error:
+            raise RunError(f"--instruction: {error}") from None
     first = None
     if args.record:
         first = [recorded(args.record, meta) if meta else None for meta in metas]

@@ -211,7 +211,7 @@ class Learner:
         self.loss = self.forward = torch.compile(self.loss, dynamic=False)
 
     def start_at(self, batch):
-        """Begin at the data: the scale of each task's observations, and the values' distribution.
+        """Begin at the data: the scale of each embodiment's observations, and the values' distribution.
 
         The value heads' bias is set to the log histogram of the data's returns, and their weights
         small: from a uniform start, values take thousands of updates to come down to the returns.
@@ -221,8 +221,9 @@ class Learner:
         histogram = point_mass(observed, self.model.config.atoms).mean(0)  # (M,)
         bias = torch.log(0.99 * histogram + 0.01 / len(histogram))
         for model in (self.model, self.target_model):
-            for t in task.unique():
-                std, mean = torch.std_mean(obs[task == t], dim=0)
+            body = model.body_of(task)
+            for t in body.unique():
+                std, mean = torch.std_mean(obs[body == t], dim=0)
                 model.obs_mean[t] = mean
                 model.obs_std[t] = torch.where(std > 1e-6, std, 1)  # 1: a constant
             for head in (model.q_head[-1], model.v_head[-1]):
@@ -405,7 +406,7 @@ class Learner:
 
         On a GPU the host does not wait for it, and `check` tells later whether it failed.
         """
-        self.set_learning_rate()
+        self.begin_update()
         metrics = self.step(batch.to(self.device), generator)
         self.updates += 1
         return metrics
@@ -414,7 +415,10 @@ class Learner:
         """Of the next update."""
         return self.settings.learning_rate * schedule(self.updates, self.total_updates)
 
-    def set_learning_rate(self):
+    def begin_update(self):
+        """Set the learning rate, and take turns among the instructions' wordings."""
+        for model in (self.model, self.target_model):
+            model.speak(self.updates)
         rate = self.learning_rate()
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], torch.Tensor):

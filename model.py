@@ -16,7 +16,7 @@ dimensions, C components, K action bins, M value atoms, H heads, D head width.
 """
 
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -44,11 +44,16 @@ WORDS = 1024  # rows of the word table; words are hashed into it
 
 @dataclass
 class TaskSpec:
-    """What the model must know of a task."""
+    """What the model must know of a task.
+
+    Tasks of one embodiment share all of the model: their words alone tell them apart.
+    """
     name: str
     instruction: str
     obs_dim: int
     action_dim: int
+    embodiment: str = ""  # none: one of its own
+    paraphrases: list = field(default_factory=list)  # other wordings of the instruction
 
 
 @dataclass
@@ -77,8 +82,8 @@ def config_for(size, metas, **changes):
     """
     if size not in SIZES:
         raise ValueError(f"unknown size {size!r}; there are: {', '.join(SIZES)}")
-    names = ("name", "instruction", "obs_dim", "action_dim")
-    tasks = [TaskSpec(*(meta[name] for name in names)) for meta in metas]
+    names = TaskSpec.__dataclass_fields__
+    tasks = [TaskSpec(**{name: meta[name] for name in names if name in meta}) for meta in metas]
     return ModelConfig(tasks=tasks, **{**SIZES[size], **changes})
 
 
@@ -131,7 +136,7 @@ def for_each_sample(function, x):
 
 class Scalars(nn.Module):
     """A vector of scalars -> tokens, each a linear map of all of it; every task has maps of its
-    own.
+    own, or shares those of its embodiment.
 
     The multi-scale normaliser: a scalar is given as itself and as tanh(c x) for geometric c: so it
     is resolved at some scale [formula ours]. It resolves what lies near 0, so observations are
@@ -219,26 +224,50 @@ def head(width, outputs):
     return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, outputs))
 
 
+def embodiments(tasks):
+    """{an embodiment: (its observation scalars, action dimensions)}, and each task's index of them
+    """
+    found, index = {}, []
+    for number, task in enumerate(tasks):
+        name, dims = task.embodiment or number, (task.obs_dim, task.action_dim)
+        if found.setdefault(name, dims) != dims:
+            raise ValueError(f"{task.name} has {dims[0]} observation scalars and {dims[1]} action "
+                             f"dimensions, and another task of its embodiment {name!r} "
+                             f"{found[name][0]} and {found[name][1]}")
+        index.append(list(found).index(name))
+    return found, index
+
+
 class Perceiver(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.recompute = False  # keep a block's input alone; the backward pass computes the rest
         tasks, W = config.tasks, config.width
-        obs_dims, action_dims = [t.obs_dim for t in tasks], [t.action_dim for t in tasks]
-        words = [tokenize(t.instruction) for t in tasks]
+        bodies, body = embodiments(tasks)
+        obs_dims, action_dims = zip(*bodies.values())
+        self.shares = len(bodies) < len(tasks)
 
         def buffer(name, value, persistent=False):
             self.register_buffer(name, value, persistent)
 
-        # A row for each task. What is padding: tokens (tasks, I) and action dimensions (tasks, A).
-        buffer("words", padded(words, 0))
-        inputs = [[True] * (config.obs_tokens + len(ids)) for ids in words]
-        buffer("input_mask", padded(inputs, False))
-        buffer("action_mask", padded([[True] * dim for dim in action_dims], False))
-        buffer("obs_mean", torch.zeros(len(tasks), max(obs_dims)), persistent=True)
-        buffer("obs_std", torch.ones(len(tasks), max(obs_dims)), persistent=True)
-        buffer("q_spread", torch.ones(len(tasks)), persistent=True)  # Q's std over actions
+        # A row for each task: its embodiment, what of its action dimensions (tasks, A) is no
+        # padding, Q's deviation over actions, and the ids of its words, in each wording. A task
+        # with fewer wordings than another has its own several times.
+        buffer("body", torch.tensor(body))
+        buffer("action_mask", padded([[True] * t.action_dim for t in tasks], False))
+        buffer("q_spread", torch.ones(len(tasks)), persistent=True)
+        texts = [[t.instruction, *t.paraphrases] for t in tasks]
+        count = max(map(len, texts))
+        ids = [tokenize(some[number % len(some)]) for number in range(count) for some in texts]
+        buffer("wordings", padded(ids, -1).unflatten(0, (count, len(tasks))))  # (P, tasks, longest)
+        buffer("words", torch.zeros_like(self.wordings[0]))
+        buffer("input_mask", torch.ones(len(tasks), config.obs_tokens + self.words.shape[1],
+                                        dtype=torch.bool))
+        self.use(self.wordings[0])
+        # A row for each embodiment.
+        buffer("obs_mean", torch.zeros(len(bodies), max(obs_dims)), persistent=True)
+        buffer("obs_std", torch.ones(len(bodies), max(obs_dims)), persistent=True)
 
         self.obs_encoder = Scalars(obs_dims, config.obs_tokens, W)
         self.word_embedding = nn.Embedding(WORDS, W)
@@ -248,7 +277,7 @@ class Perceiver(nn.Module):
         self.encoder = Attention(*layer, cross=True)
         self.blocks = nn.ModuleList(Attention(*layer) for _ in range(config.blocks))
 
-        self.policy_query = nn.Parameter(torch.randn(len(tasks), max(action_dims) + 1, W))
+        self.policy_query = nn.Parameter(torch.randn(len(bodies), max(action_dims) + 1, W))
         self.policy_decoder = Attention(*layer, cross=True)
         self.component_head = head(W, config.components)
         self.policy_head = head(W, config.components * config.bins)
@@ -272,9 +301,33 @@ class Perceiver(nn.Module):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    def use(self, ids):
+        """Tell the tasks by these words (tasks, longest); -1: none."""
+        self.words.copy_(ids.clamp(min=0))
+        self.input_mask[:, self.config.obs_tokens:] = ids >= 0
+
+    def speak(self, number):
+        """Tell the tasks by their wordings of this number; past the last they begin again."""
+        if len(self.wordings) > 1:
+            self.use(self.wordings[number % len(self.wordings)])
+
+    def tell(self, index, instruction):
+        """Tell a task by this text, whatever its wordings are."""
+        ids, longest = tokenize(instruction), self.words.shape[1]
+        if not 0 < len(ids) <= longest:
+            raise ValueError(f"an instruction of {len(ids)} words; this model reads 1 to {longest}")
+        ids = torch.tensor(ids + [-1] * (longest - len(ids)))
+        self.wordings[:, index] = ids.to(self.words.device)
+        self.use(self.wordings[0])
+
+    def body_of(self, task):
+        """The index (B,) of each one's embodiment."""
+        return self.body[task] if self.shares else task
+
     def inputs(self, obs, task):
         """obs: (B, O), task: (B,) -> the latents' contexts, and the mask (B, I) of them"""
-        tokens = self.obs_encoder(obs, task, self.obs_mean, self.obs_std)  # (B, obs_tokens, W)
+        body = self.body_of(task)
+        tokens = self.obs_encoder(obs, body, self.obs_mean, self.obs_std)  # (B, obs_tokens, W)
         words = self.word_embedding(self.words) + self.word_position  # (tasks, longest, W)
         return (tokens, Shared(words, task)), self.input_mask[task]
 
@@ -291,7 +344,7 @@ class Perceiver(nn.Module):
 
     def policy(self, latents, task):
         """latents: (B, L, W), task: (B,) -> a Policy"""
-        read = self.policy_decoder(Shared(self.policy_query, task), latents)  # (B, A + 1, W)
+        read = self.policy_decoder(Shared(self.policy_query, self.body_of(task)), latents)  # (B, A + 1, W)
         components = self.component_head(read[:, 0])  # (B, C)
         bins = self.policy_head(read[:, 1:])  # (B, A, C K)
         bins = bins.unflatten(2, (self.config.components, -1)).float()  # (B, A, C, K)
@@ -301,7 +354,7 @@ class Perceiver(nn.Module):
 
     def q(self, latents, action, task):
         """latents: (B, L, W), action: (B, N, A) in [-1, 1], task: (B,) -> value logits (B, N, M)"""
-        query = self.action_encoder(action, task).squeeze(2)  # (B, N, W)
+        query = self.action_encoder(action, self.body_of(task)).squeeze(2)  # (B, N, W)
         return self.q_head(self.q_decoder(query, latents)).float()
 
     def v(self, latents):

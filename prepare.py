@@ -85,6 +85,8 @@ def add_converters(commands):
         help="its time limit, also the data's if that has none (default: the registered one)")
     add("--task", help="its name in the data set (default: the environment's)")
     add("--instruction", help="what the model reads (default: the environment's id)")
+    add("--paraphrases", nargs="+", metavar="TEXT", help="other wordings of it, read in turns")
+    add("--embodiment", help="tasks of one share all but the words (default: one of its own)")
     add("--discount", type=float, help="of the returns to go (default: 0.99)")
     add("--reference", type=float, nargs=2, metavar=("RANDOM", "EXPERT"),
         help="returns that score 0 and 1 (default: the source's; none: scores are returns)")
@@ -130,7 +132,7 @@ from data import RETURN, DataError, Task, append, notice, only_writer, progress,
 
 # What sources of one task must agree on.
 MUST_AGREE = ("env_id", *envs.KEPT, "obs_dim", "action_dim", "action_low", "action_high",
-              "discount")
+              "discount", "embodiment")
 # What a meta says of the episodes there are.
 COUNTED = ("name", "episodes", "transitions", "return", "checksum", "sources")
 

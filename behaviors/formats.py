@@ -21,7 +21,8 @@ FLAT = ("observations", "actions", "rewards", "terminals")  # D4RL's arrays, one
 # What an episode's arrays are called: ours, and those of `imitation`.
 NAMES = {"obs": ("obs",), "action": ("action", "acts"), "reward": ("reward", "rews"),
          "terminated": ("terminated", "terminal")}
-ABOUT = ("env_id", *envs.KEPT, "instruction", "discount", "reference")  # exported beside the data
+TOLD = ("instruction", "paraphrases", "embodiment")  # what a model is told of a task
+ABOUT = ("env_id", *envs.KEPT, *TOLD, "discount", "reference")  # exported beside the data
 
 
 # ---------------------------------------------------------------- .npz: ours, and imitation's

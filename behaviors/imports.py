@@ -3,6 +3,7 @@
 import numpy as np
 
 import envs
+from behaviors.formats import TOLD
 from data import FINAL_OBS, FLAG, REWARD, DataError, commit, notice
 
 CLIPPED = 0.03  # the share of actions outside of the box that is taken for an oversight
@@ -28,6 +29,9 @@ def describe_import(args, about):
     discount = about.get("discount", 0.99) if args.discount is None else args.discount
     instruction = args.instruction or about.get("instruction") or env_id
     meta = envs.describe(env_id, instruction, discount, reference, **kept)
+    for name in TOLD[1:]:
+        if getattr(args, name) or about.get(name):
+            meta[name] = getattr(args, name) or about[name]
     box = [meta["action_low"], meta["action_high"]]
     if about.get("box", box) != box:
         raise DataError(f"{args.source}: its actions are in {about['box']}, but those of the "

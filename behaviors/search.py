@@ -18,7 +18,6 @@ import time
 import numpy as np
 import torch._dynamo  # Adam loads it, which ends the process if dm_control was loaded before
 
-import envs
 from behaviors import LEVELS, Policy, ars, suite, td3
 from behaviors.ars import BANDS, replacing
 from behaviors.measure import CHOICE_SEED, REPORT_SEED
@@ -116,7 +115,7 @@ def choose_leans(share_at):
 
 def levels_of(task):
     """The rows of suite_levels.csv of a task."""
-    env = envs.make(suite.environment(task))
+    env = suite.make(task)
     if suite.TABLE[task].behavior != "scripted":
         find(task, env)
     control = suite.controller(task, env)

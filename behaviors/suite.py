@@ -3,6 +3,7 @@
     suite.csv           a row a task: its environment, instruction, kind of behaviour, success
     suite_levels.csv    what the levels of each task were measured to be worth
     suite.npz           the policies that `behaviors.search` found
+    wordings.csv        other words for some tasks; a model is not trained on those held out
 
 A task has one controller, a script or a policy that was searched for. Its levels are that
 controller with an error: it leans to one side, always the same one, by more the worse the level.
@@ -12,12 +13,14 @@ The seven tasks of the default data keep the levels that they have there.
 
 import csv
 import importlib.util
+import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import gymnasium
 import numpy as np
 
 import behaviors
@@ -61,6 +64,24 @@ def read(name):
 
 
 TABLE = {row["task"]: Row(**row) for row in read("suite.csv")}
+
+
+def embodiment(task):
+    """Tasks of one share the robot and what is observed of it: all of Meta-World's do.
+
+    Of dm_control and gymnasium-robotics the beginning of the name tells the robot.
+    """
+    row = TABLE[task]
+    if row.domain == "gymnasium":
+        return ""
+    robot = re.match(r"metaworld|dm-[^-]+|[A-Z][a-z]+", task)[0]
+    return f"{robot}-{row.obs_dim}-{row.action_dim}"
+
+
+def paraphrases(task, held_out=False):
+    """Other wordings of a task's instruction; held_out: those that no model is trained on."""
+    return [row["instruction"] for row in read("wordings.csv")
+            if row["task"] == task and bool(row["held_out"]) == held_out]
 
 
 def chosen(texts):
@@ -188,6 +209,28 @@ def environment(task):
     return kept
 
 
+class Breakable(gymnasium.Wrapper):
+    """An episode ends where its physics breaks down: dm_control then raises an error."""
+
+    def reset(self, **options):
+        self.obs, info = self.env.reset(**options)
+        return self.obs, info
+
+    def step(self, action):
+        try:
+            self.obs, *rest = self.env.step(action)
+        except Exception as error:
+            if type(error).__name__ != "PhysicsError":  # of a package that is optional
+                raise
+            return self.obs, 0.0, True, False, {}
+        return self.obs, *rest
+
+
+def make(task):
+    """The environment that a task's behaviours act in."""
+    return Breakable(envs.make(environment(task)))
+
+
 def describe(task, discount):
     """The meta of a task before its first episode."""
     if TABLE[task].behavior == "levels":
@@ -198,10 +241,11 @@ def describe(task, discount):
         reference = None
     meta = envs.describe(instruction=TABLE[task].instruction, discount=discount,
                          reference=reference, **environment(task))
+    meta |= {"embodiment": embodiment(task), "paraphrases": paraphrases(task)}
     return {**meta, "sub_optimal": True} if sub_optimal(task) else meta
 
 
 def play_block(job):
     """A list of episodes; job as of collect.jobs_of"""
-    env = envs.make(environment(job[0]))
+    env = make(job[0])
     return collect.play_some(env, *policies_of(job[0], env), job)

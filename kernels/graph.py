@@ -91,7 +91,7 @@ class Graphs:
         share = learner.share()
         if share not in self.replays:
             self.replays[share] = Replay(learner, candidates)
-        learner.set_learning_rate()
+        learner.begin_update()
         metrics = self.replays[share](candidates, generator)
         learner.updates += 1
         return metrics

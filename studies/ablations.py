@@ -1,11 +1,12 @@
 """What each part of PAC is worth: runs with one of them changed, and their table.
 
-    python -m studies.ablations                 the runs that are missing, then the table
+    python -m studies.ablations                 the runs that are missing, then the tables
     python -m studies.ablations --only token    one of them
-    python -m studies.ablations --table         no runs: the table from results/ablations.csv
+    python -m studies.ablations --table         no runs: the tables from results/ablations.csv
 
-Single runs of half the default's updates: leads, no results. A change that no flag makes is a few
-lines here, put over model.py and learner.py in a process of its own.
+Runs of half the default's updates. Some changes set a knob, a field of LossSettings, to what takes
+it out. One that no flag makes is a few lines here, put over model.py and learner.py in a process of
+its own. A row says which recipe it is of, by its day.
 """
 
 from pathlib import Path
@@ -21,10 +22,13 @@ from behaviors import PARTS, TASKS
 from checkpoint import read_config
 from model import Shared
 from studies import print_table
-from studies.ladder import Table, at_a_time, new_parser, result_of, rows_of, start_or_resume
+from studies.ladder import (Table, at_a_time, cells, new_parser, result_of, rows_of,
+                            start_or_resume)
 
-COLUMNS = ("data", "ablation", "updates", "episodes", "seed", "task", "score", "iqm")
-UPDATES, EPISODES, SEED = 5_000, 10, 0
+COLUMNS = ("recipe", "data", "ablation", "updates", "episodes", "seed", "task", "score", "iqm")
+KEY = ("recipe", "data", "ablation", "seed")
+RECIPE = "2026-11-26"
+UPDATES, EPISODES, SEEDS = 5_000, 10, (0, 1, 2)
 
 
 # ---------------------------------------------------------------- changes
@@ -103,6 +107,13 @@ class Ablation(NamedTuple):
 
 ABLATIONS = {
     "recipe": Ablation("the recipe"),
+    "alpha1": Ablation("no improvement in the loop: alpha 1", flags=("--alpha", 1)),
+    "eta": Ablation("pi_imp without Q, in loop and acting: eta 1,000,000", flags=("--eta", 1e6)),
+    "samples": Ablation("two draws at a state: samples 2", flags=("--samples", 2)),
+    "n_step": Ablation("one-step targets: n_step 1", flags=("--n-step", 1)),
+    "warmup": Ablation("no warm-up", flags=("--warmup", 0)),
+    "target_rate": Ablation("no average: target_rate 1", flags=("--target-rate", 1)),
+    "max_grad_norm": Ablation("no clipping: max_grad_norm 0", flags=("--max-grad-norm", 0)),
     "focus0": Ablation("all of the data cloned alike: focus 0", flags=("--focus", 0)),
     "alpha0": Ablation("no cloning after the warm-up: alpha 0", flags=("--alpha", 0)),
     "never": Ablation(
@@ -122,54 +133,55 @@ ABLATIONS = {
 
 # ---------------------------------------------------------------- runs
 
-def run_here(name, part, run, flags):
+def run_here(name, part, seed, run, flags):
     """One run in this process, to its end."""
     ablation = ABLATIONS[name]
     for change in ablation.changes:
         change()
-    flags = ["--data", f"datasets/{part}", "--steps", UPDATES, "--seed", SEED,
+    flags = ["--data", f"datasets/{part}", "--steps", UPDATES, "--seed", seed,
              "--episodes", EPISODES, *ablation.flags, *flags]
     train.main(list(map(str, start_or_resume(run, flags))))
 
 
-def print_runs(rows):
-    """A line for each run, in the order of ABLATIONS."""
-    runs = {}
-    for row in rows:
-        run = runs.setdefault((row["ablation"], row["data"]), {"IQM": f"{float(row['iqm']):.3f}"})
-        run[row["task"]] = f"{row['score']:.2f}"
-    columns, shown = [*TASKS, "IQM"], []
-    for name, part in sorted(runs, key=lambda run: list(ABLATIONS).index(run[0])):
-        scores = [runs[name, part][column] for column in columns]
-        shown.append([ABLATIONS[name].words, part, *scores])
-    print_table(["PAC with", "data", *(name.removesuffix("-v5") for name in columns)], shown)
+def print_runs(table):
+    """For each recipe and part a line an ablation, in the order of ABLATIONS."""
+    groups = dict.fromkeys((row["recipe"], row["data"]) for row in table.rows())
+    for recipe, part in groups:
+        print(f"\nthe recipe of {recipe}, on {part}: mean ± standard deviation over seeds\n")
+        methods = table.methods("ablation", ABLATIONS, recipe=recipe, data=part)
+        lines = []
+        for name, matrix in methods.items():
+            lines.append([ABLATIONS[name].words, len(matrix), *cells(matrix)])
+        tasks = [task.removesuffix("-v5") for task in TASKS]
+        print_table(["PAC with", "seeds", *tasks, "IQM"], lines)
 
 
 def main():
     parser = new_parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=ABLATIONS, default=list(ABLATIONS))
     parser.add_argument("--part", default="switching", choices=PARTS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--here", type=Path, metavar="RUN", help="one run, in this process")
     parser.add_argument("flags", nargs="*", help="of train.py, behind a --")
     args = parser.parse_args()
     if args.here:
-        run_here(args.only[0], args.part, args.here, args.flags)
+        run_here(args.only[0], args.part, args.seeds[0], args.here, args.flags)
         return
-    table = Table("ablations", COLUMNS, ("data", "ablation"), args.folder)
+    table = Table("ablations", COLUMNS, KEY, args.folder)
 
     def work(job):
-        part, name = job
-        run = table.runs / f"{part}-{name}"
-        command = ["-m", "studies.ablations", "--only", name, "--part", part, "--here", run,
-                   "--", *args.flags]
+        _, part, name, seed = job
+        run = table.runs / f"{part}-{name}-{seed}"
+        command = ["-m", "studies.ablations", "--only", name, "--part", part, "--seeds", seed,
+                   "--here", run, "--", *args.flags]
         summary = result_of(run / "eval.json", command)
         updates = read_config(run)["train"]["steps"]
-        table.append(rows_of(summary, table, job, updates=updates, seed=SEED))
+        table.append(rows_of(summary, table, job, updates=updates))
 
     if not args.table:
-        jobs = table.missing([(args.part, name) for name in args.only])
-        at_a_time(args.workers, work, jobs)
-    print_runs(table.rows())
+        jobs = [(RECIPE, args.part, name, seed) for seed in args.seeds for name in args.only]
+        at_a_time(args.workers, work, table.missing(jobs))
+    print_runs(table)
 
 
 if __name__ == "__main__":

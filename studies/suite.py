@@ -90,7 +90,7 @@ def metas_of(names):
         row = suite.TABLE[name]
         metas.append({"name": name, "instruction": row.instruction, "obs_dim": int(row.obs_dim),
                       "action_dim": int(row.action_dim), "discount": 0.99,
-                      "return_to_go": [0.0, 1.0]})
+                      "embodiment": suite.embodiment(name), "return_to_go": [0.0, 1.0]})
     return metas
 
 

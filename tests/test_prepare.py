@@ -372,7 +372,8 @@ def test_in_out_and_in_again(tmp_path, monkeypatch, capsys, target):
     monkeypatch.chdir(tmp_path)
     episodes = pendulum(tmp_path / "npz")
     flags = "--env-id Pendulum-v1 --max-episode-steps 40 --env-args".split()
-    about = ["--instruction", "swing up", "--reference", -1200, -150, "--discount", 0.9]
+    about = ["--instruction", "swing up", "--reference", -1200, -150, "--discount", 0.9,
+             "--paraphrases", "get it up", "swing it", "--embodiment", "pole"]
     command("import", "npz", "own", *flags, '{"g": 9.81}', *about)
     assert_same(data.Task("own/Pendulum-v1"), episodes)
     command("export", "own/Pendulum-v1", target)
@@ -383,10 +384,12 @@ def test_in_out_and_in_again(tmp_path, monkeypatch, capsys, target):
     meta, again = data.Task("own/Pendulum-v1").meta, data.Task("again/b").meta
     assert meta["env_args"] == {"g": 9.81}
     assert meta["action_high"] == [2.0]
+    assert meta["paraphrases"] == ["get it up", "swing it"] and meta["embodiment"] == "pole"
     if target.startswith("minari:"):  # it has no place for these
         meta.update(instruction="Pendulum-v1", discount=0.99)
         for key in ("return_to_go", "checksum"):
             assert again.pop(key) != meta.pop(key)
+        del meta["paraphrases"], meta["embodiment"]
     assert again == meta
 
 

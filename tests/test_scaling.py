@@ -70,7 +70,7 @@ def test_the_phases_are_counts_of_updates(small_data):
     shares, rates = {}, {}
     for updates in (0, 100, 511, 512, 2047, 2048, 4095):
         learner.updates = updates
-        learner.set_learning_rate()
+        learner.begin_update()
         shares[updates] = learner.share()
         rates[updates] = learner.optimizer.param_groups[0]["lr"]
     assert shares == {0: 1, 100: 1, 511: 1, 512: 0.5, 2047: 0.5, 2048: 0, 4095: 0}
@@ -83,7 +83,7 @@ def test_a_decayed_end_falls_from_three_quarters_of_the_updates_on(small_data):
     learner = new_learner(PAC._replace(variant="decayed"), open_part(small_data).metas)
     rates = []
     for learner.updates in (3072, 3584, 4095):
-        learner.set_learning_rate()
+        learner.begin_update()
         rates.append(learner.optimizer.param_groups[0]["lr"] / scaling.learning_rate(16))
     assert rates == pytest.approx([1, 0.5, 0], abs=0.001)
 

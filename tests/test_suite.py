@@ -315,3 +315,30 @@ def test_a_model_of_many_tasks_is_updated():
     assert set(batch.task.tolist()) == set(range(6))
     metrics = learner.update(batch, None)
     assert np.isfinite(metrics["loss"].item())
+
+
+def test_an_episode_ends_where_the_physics_breaks_down():
+    class PhysicsError(RuntimeError):
+        pass
+
+    class Breaks(gymnasium.Env):
+        observation_space = action_space = gymnasium.spaces.Box(-1, 1, (1,))
+        steps = 0
+
+        def reset(self, seed=None, options=None):
+            return np.zeros(1), {}
+
+        def step(self, action):
+            self.steps += 1
+            if self.steps == 2:
+                raise PhysicsError("mjWARN_BADQACC")
+            if self.steps == 3:
+                raise KeyError("another fault")
+            return np.ones(1), 0.5, False, False, {"a": 1}
+
+    env = suite.Breakable(Breaks())
+    env.reset(seed=0)
+    assert env.step(None) == (1, 0.5, False, False, {"a": 1})
+    assert env.step(None) == (1, 0.0, True, False, {})
+    with pytest.raises(KeyError):
+        env.step(None)
