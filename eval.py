@@ -36,7 +36,8 @@ def parse_args(argv=None):
     add("--instruction", metavar="TEXT", help="what the model reads (default: the tasks' own)")
     add("--act", choices=ACTS, help="how to act (default: the run's way)")
     add("--eta", type=POSITIVE, help="of `improved`, in units of Q's spread (default: the run's)")
-    add("--seed", type=NATURAL, default=1, help="of environments and actions (default: %(default)s)")
+    add("--seed", type=NATURAL, default=1,
+        help="of environments and actions (default: %(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     add("--record", metavar="DIR", help="append the episodes to this data set")
     add("--video", metavar="FILE", help="film one episode of each task, to a .gif or .mp4")

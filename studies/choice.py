@@ -1,8 +1,8 @@
 """What it is worth to choose a way of acting by true returns, as arXiv 2504.11453 asks to be told.
 
-    python -m studies.choice                    the episodes that are missing, then table and figure
-    python -m studies.choice --table            no episodes: table and figure from results/choice.csv
-    python -m studies.choice runs/mine --folder /tmp/try --episodes 8     another run, as a trial
+    python -m studies.choice            the episodes that are missing, then tables and figure
+    python -m studies.choice --table    no episodes: tables and figure from results/choice.csv
+    python -m studies.choice runs/mine --folder /tmp/try --episodes 8    another run, as a trial
 
 One trained run acts in several ways. Each plays the same episodes, once. Of these a practitioner
 sees K a task and way, and takes the way with the best IQM. What it scores is read from other
