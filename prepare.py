@@ -18,16 +18,10 @@ import sys
 from pathlib import Path
 
 from behaviors import PARTS, SHARES, SUITES, TASKS, TRANSITIONS
+from flags import NATURAL
 
 DATASETS = Path("datasets")
 DEFAULT_SETS = {DATASETS: TRANSITIONS, DATASETS / "tiny": 20_000}  # transitions a task and part
-
-
-def natural(text):
-    """An argument of 0, 1, 2 ..."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of 0, 1, 2 ...")
-    return int(text)
 
 
 def mapping(text):
@@ -42,7 +36,18 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
+    add_makers(commands)
+    add_converters(commands)
+    add_mix(commands)
+    texts = {"info": "what is in a data set", "verify": "read every byte and check it"}
+    for name, text in texts.items():
+        look = commands.add_parser(name, help=text)
+        look.add_argument("folder", type=Path)
+    return parser.parse_args(argv)
 
+
+def add_makers(commands):
+    """`build` and `suite`, which make data by the policies in behaviors/."""
     build = commands.add_parser("build", help="make the default data set (what is missing of it)")
     build.add_argument("--out", type=Path, default=DATASETS, help="folder (default: %(default)s)")
     build.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, metavar="TASK")
@@ -57,15 +62,18 @@ def parse_args(argv=None):
     for made, transitions, parts in (build, TRANSITIONS, PARTS), (suite, 20_000, PARTS[:1]):
         made.add_argument("--part", nargs="+", choices=PARTS, default=parts,
                           help="default: %(default)s")
-        made.add_argument("--transitions", type=natural, default=transitions,
+        made.add_argument("--transitions", type=NATURAL, default=transitions,
                           help="a task and part (default: %(default)s)")
         made.add_argument("--shares", type=float, nargs=len(SHARES), metavar="SHARE",
                           default=list(SHARES.values()),
                           help=f"of {', '.join(SHARES)} (default: %(default)s)")
         made.add_argument("--discount", type=float, default=0.99,
                           help="of the returns to go (default: %(default)s)")
-        made.add_argument("--seed", type=natural, default=0)
+        made.add_argument("--seed", type=NATURAL, default=0)
 
+
+def add_converters(commands):
+    """`import` and `export`, from and to other formats."""
     read = commands.add_parser("import", help="make a task of a data set in another format")
     add = read.add_argument
     add("source", help="minari:ID, an .hdf5 file as D4RL's or robomimic's, a folder of .npz files, "
@@ -94,19 +102,15 @@ def parse_args(argv=None):
     write.add_argument("task", type=Path, help="such as datasets/switching/Hopper-v5")
     write.add_argument("target", help="minari:ID, a new .hdf5 file, or a new folder for .npz files")
 
+
+def add_mix(commands):
     mix = commands.add_parser("mix", help="make one data set of some of the episodes of several")
     mix.add_argument("out", type=Path, help="a new data set")
     mix.add_argument("sources", type=Path, nargs="+", help="data sets")
     mix.add_argument("--shares", type=float, nargs="+",
                      help="of each source's episodes (default: all)")
-    mix.add_argument("--seed", type=natural, default=0,
+    mix.add_argument("--seed", type=NATURAL, default=0,
                      help="of which episodes (default: %(default)s)")
-
-    texts = {"info": "what is in a data set", "verify": "read every byte and check it"}
-    for name, text in texts.items():
-        look = commands.add_parser(name, help=text)
-        look.add_argument("folder", type=Path)
-    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

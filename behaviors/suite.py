@@ -8,7 +8,7 @@
 A task has one controller, a script or a policy that was searched for. Its levels are that
 controller with an error: it leans to one side, always the same one, by more the worse the level.
 Noise alone would not do: it has a mean of zero, so a clone of any noisy level acts like the expert.
-The seven tasks of the default data keep the levels that they have there.
+The tasks of levels.npz keep the levels that they have there.
 """
 
 import csv
@@ -114,7 +114,8 @@ def need(names):
 
 def need_levels(names):
     """DataError if the levels of some of these tasks are not measured yet."""
-    there = {row["task"] for row in read("suite_levels.csv")} | set(behaviors.TASKS)
+    there = {row["task"] for row in read("suite_levels.csv")}
+    there |= {row.task for row in TABLE.values() if row.behavior == "levels"}
     missing = [name for name in names if name not in there]
     if missing:
         some = " ".join(missing[:3]) + " ..." * (len(missing) > 3)

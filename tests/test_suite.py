@@ -47,7 +47,9 @@ def test_each_row_can_be_used():
     for row in suite.TABLE.values():
         assert re.fullmatch(r"\w[\w.-]*", row.task)  # what a folder may be called
         assert row.behavior in ("levels", "scripted", "td3", "ars"), row.task
-        assert (row.behavior == "levels") == (row.task in behaviors.TASKS), row.task
+        own = row.task in behaviors.TASKS + behaviors.UNSEEN
+        assert (row.behavior == "levels") == own, row.task
+        assert not own or row.instruction == behaviors.INSTRUCTIONS[row.task], row.task
         assert row.success in ("", "success", "is_success"), row.task
         assert int(row.obs_dim) > 0 < int(row.action_dim), row.task
         assert (row.behavior == "levels") or float(row.expert_from) > 0, row.task
@@ -137,6 +139,13 @@ def test_what_was_measured_has_all_levels_and_a_best_one():
         assert (rows["expert"]["success"] == "") == (suite.TABLE[task].success == ""), task
 
 
+def test_what_has_levels_of_its_own_has_no_others():
+    with np.load(suite.POLICIES, allow_pickle=False) as arrays:
+        searched = {key.rpartition("/")[0] for key in arrays}
+    assert {suite.TABLE[task].behavior for task in searched} <= {"ars", "td3"}
+    assert "levels" not in {suite.TABLE[task].behavior for task in MEASURED}
+
+
 def test_what_was_not_measured_names_the_command(monkeypatch):
     monkeypatch.setattr(suite, "read", lambda name: [])
     with pytest.raises(DataError, match="python -m behaviors.search --tasks metaworld-reach`"):
@@ -215,24 +224,25 @@ def test_td3_learns_on_any_environment():
 
 # ---------------------------------------------------------------- the data
 
-def test_a_task_of_the_default_data_is_the_same_in_the_suite(tmp_path):
-    flags = "--part switching --tasks Reacher-v5 --transitions 200 --out".split()
-    prepare.main(["suite", *flags, str(tmp_path / "suite")])
-    prepare.main(["build", *flags, str(tmp_path / "build")])
-    one, two = (Task(tmp_path / name / "switching/Reacher-v5") for name in ("suite", "build"))
+@pytest.mark.parametrize("name", ["Reacher-v5", "InvertedPendulum-v5"])
+def test_a_task_with_levels_of_its_own_is_the_same_in_the_suite(tmp_path, name):
+    prepare.main(["suite", "--part", "switching", "--tasks", name, "--transitions", "200",
+                  "--out", str(tmp_path / "suite")])
+    prepare.build(tmp_path / "build", ["switching"], [name], 200)
+    one, two = (Task(tmp_path / made / "switching" / name) for made in ("suite", "build"))
     assert one.meta == two.meta
 
 
 @pytest.mark.parametrize("random, best, reference, sub_optimal", [
     ("3", "3", None, True),  # nothing better than random was found: there are no scores
-    ("3", "400", {"random": 3, "expert": 400}, True),
-    ("3", "960", {"random": 3, "expert": 960}, None),
+    ("3", "2900", {"random": 3, "expert": 2900}, True),
+    ("3", "3100", {"random": 3, "expert": 3100}, None),
 ])
 def test_what_is_no_expert_is_marked(monkeypatch, random, best, reference, sub_optimal):
     rows = {level: {"mean_return": best, "success": ""} for level in LEVELS}
     rows["random"] = {"mean_return": random}
     monkeypatch.setattr(suite, "measured", lambda task: rows)
-    meta = suite.describe("InvertedPendulum-v5", 0.99)
+    meta = suite.describe("Ant-v5", 0.99)
     assert meta["reference"] == reference
     assert meta.get("sub_optimal") == sub_optimal
 
