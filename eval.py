@@ -14,16 +14,32 @@ codes: 0; 2, the message says what is wrong; 3, some episodes failed and are lef
 """
 
 import argparse
+import math
 import signal
 import sys
-
-from flags import COUNT, NATURAL, POSITIVE
 
 # The ways to act, see `act`, and how many actions each draws at a state.
 ACTS = {"improved": 64, "mean": 0, "mode": 0, "sample": 1, "best": 16}
 EPISODES = 20
 EPISODES_FAILED = 3  # exit code
 VIDEOS = (".gif", ".mp4")
+
+
+def number(kind, words, allowed):
+    """The type of an argument that takes some numbers alone; words: which."""
+
+    def read(text):
+        if not allowed(kind(text)):
+            raise argparse.ArgumentTypeError(f"{text}: it has to be {words}")
+        return kind(text)
+
+    read.__name__ = kind.__name__  # argparse names it where a text is no number at all
+    return read
+
+
+COUNT = number(int, "1 or more", lambda x: x >= 1)
+SEED = number(int, "0 or more", lambda x: x >= 0)
+POSITIVE = number(float, "above 0", lambda x: 0 < x < math.inf)
 
 
 def parse_args(argv=None):
@@ -36,8 +52,7 @@ def parse_args(argv=None):
     add("--instruction", metavar="TEXT", help="what the model reads (default: the tasks' own)")
     add("--act", choices=ACTS, help="how to act (default: the run's way)")
     add("--eta", type=POSITIVE, help="of `improved`, in units of Q's spread (default: the run's)")
-    add("--seed", type=NATURAL, default=1,
-        help="of environments and actions (default: %(default)s)")
+    add("--seed", type=SEED, default=1, help="of environments and actions (default: %(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     add("--record", metavar="DIR", help="append the episodes to this data set")
     add("--video", metavar="FILE", help="film one episode of each task, to a .gif or .mp4")

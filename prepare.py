@@ -18,10 +18,16 @@ import sys
 from pathlib import Path
 
 from behaviors import PARTS, SHARES, SUITES, TASKS, TRANSITIONS
-from flags import NATURAL
 
 DATASETS = Path("datasets")
 DEFAULT_SETS = {DATASETS: TRANSITIONS, DATASETS / "tiny": 20_000}  # transitions a task and part
+
+
+def natural(text):
+    """An argument of 0, 1, 2 ..."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of 0, 1, 2 ...")
+    return int(text)
 
 
 def mapping(text):
@@ -62,14 +68,14 @@ def add_makers(commands):
     for made, transitions, parts in (build, TRANSITIONS, PARTS), (suite, 20_000, PARTS[:1]):
         made.add_argument("--part", nargs="+", choices=PARTS, default=parts,
                           help="default: %(default)s")
-        made.add_argument("--transitions", type=NATURAL, default=transitions,
+        made.add_argument("--transitions", type=natural, default=transitions,
                           help="a task and part (default: %(default)s)")
         made.add_argument("--shares", type=float, nargs=len(SHARES), metavar="SHARE",
                           default=list(SHARES.values()),
                           help=f"of {', '.join(SHARES)} (default: %(default)s)")
         made.add_argument("--discount", type=float, default=0.99,
                           help="of the returns to go (default: %(default)s)")
-        made.add_argument("--seed", type=NATURAL, default=0)
+        made.add_argument("--seed", type=natural, default=0)
 
 
 def add_converters(commands):
@@ -109,7 +115,7 @@ def add_mix(commands):
     mix.add_argument("sources", type=Path, nargs="+", help="data sets")
     mix.add_argument("--shares", type=float, nargs="+",
                      help="of each source's episodes (default: all)")
-    mix.add_argument("--seed", type=NATURAL, default=0,
+    mix.add_argument("--seed", type=natural, default=0,
                      help="of which episodes (default: %(default)s)")
 
 

@@ -23,8 +23,6 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from flags import number
-
 STEPS = {"tiny": 600, "small": 10_000}  # updates by default; other sizes: 100,000
 ONE_THREAD = ("tiny", "small")  # beside other work on the cores, a second made a run 8 times slower
 LARGE = ("s", "m", "l")  # these are sharded over the ranks and recompute activations by default
@@ -115,10 +113,17 @@ def algorithm(name):
 TYPES = {"str": str, "int": int, "float": float}
 
 
-def in_range(name, kind):
+def number(name, kind):
     """The type of a setting's flag: one that takes the numbers of RANGES."""
     words, allowed, _ = next(row for row in RANGES if name in row[2].split())
-    return number(kind, words, allowed)
+
+    def read(text):
+        if not allowed(kind(text)):
+            raise argparse.ArgumentTypeError(f"{text}: it has to be {words}")
+        return kind(text)
+
+    read.__name__ = kind.__name__  # argparse names it where a text is no number at all
+    return read
 
 
 def flag(name):
@@ -133,7 +138,7 @@ def add_flags(group, fields, choices, prefix=""):
         if kind == "bool":
             options = dict(action=argparse.BooleanOptionalAction)
         else:
-            options["type"] = str if kind == "str" else in_range(name, TYPES[kind])
+            options["type"] = str if kind == "str" else number(name, TYPES[kind])
         if name in choices:
             comment += ": " + ", ".join(choices[name])
         if default != "None":

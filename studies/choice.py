@@ -20,8 +20,7 @@ import numpy as np
 
 import plots
 from checkpoint import RunError, load_run
-from eval import iqm, normalise, rollout
-from flags import COUNT
+from eval import COUNT, iqm, normalise, rollout
 from studies import print_table
 from studies.ladder import Table
 

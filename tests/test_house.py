@@ -14,10 +14,10 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MODULES = ("flags", "data", "envs", "prepare", "model", "parallel",
+MODULES = ("data", "envs", "prepare", "model", "parallel",
            "learner", "checkpoint", "plots", "eval", "train")
 PACKAGES = ("behaviors", "kernels", "tests", "studies", "course")
-ORDER = ("flags", "data", "envs", "kernels", "model", "behaviors", "prepare", "parallel", "learner",
+ORDER = ("data", "envs", "kernels", "model", "behaviors", "prepare", "parallel", "learner",
          "checkpoint", "plots", "eval", "train", "studies", "course", "tests")
 TOP_LEVEL = {
     "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "requirements.txt",
@@ -271,8 +271,6 @@ def make_house(root):
     ("plots.py", "the following arguments are required: RUN"),
     ("-m course.grade iqn", "invalid choice: 'iqn'"),
     ("prepare.py biuld", "invalid choice: 'biuld'"),
-    ("prepare.py build --seed -1", "argument --seed: -1: it has to be 0 or more"),
-    ("eval.py runs/none --eta 0", "argument --eta: 0: it has to be above 0"),
 ])
 def test_a_typing_error_is_answered_before_torch_is_imported(line, answer):
     """The import of torch takes seconds. `-X importtime` names each module as it is imported."""

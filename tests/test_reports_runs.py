@@ -430,13 +430,13 @@ def test_every_number_has_a_range_and_its_default_lies_in_it():
     numbers = [field for field in fields if field.type in (int, float)]
     assert len(numbers) > 15
     for field in numbers:
-        read = train.in_range(field.name, field.type)
+        read = train.number(field.name, field.type)
         if field.default is not None:
             assert read(str(field.default)) == field.default
     for algo in ALGORITHMS:
         for name, value in dataclasses.asdict(settings_for(algo)).items():
             if isinstance(value, (int, float)):
-                assert train.in_range(name, type(value))(str(value)) == value
+                assert train.number(name, type(value))(str(value)) == value
 
 
 @pytest.mark.parametrize("flags", ["--beta 0", "--beta 0 --alpha 1"])
