@@ -110,6 +110,8 @@ def choose_leans(share_at):
                 lean = (above + min(further)) / 2
                 share[lean] = share_at(lean)
         chosen[level] = min(list(share)[1:], key=lambda lean: abs(share[lean] - middle))
+    # A share is measured by an episode: where these say little, the order may be wrong.
+    chosen["medium"], chosen["weak"] = sorted((chosen["medium"], chosen["weak"]))
     return chosen
 
 
