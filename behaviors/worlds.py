@@ -1,7 +1,10 @@
-"""Meta-World's 50 tasks as environments of gymnasium: behaviors.worlds:metaworld/reach-v3.
+"""Environments of other packages that need some care: behaviors.worlds:metaworld/reach-v3.
 
-The package's own ids either fix the goal, or spend seconds on a list of goals. Here each `reset`
+Meta-World's own ids either fix the goal, or spend seconds on a list of goals. Here each `reset`
 draws a goal from its seed, and the observation shows it.
+
+dm_control's LQR takes actions of any size: a uniform one of its box moves masses 1e20 m away. Here
+they are forces from -1 to 1: behaviors.worlds:lqr/lqr_2_1.
 """
 
 import gymnasium
@@ -32,6 +35,21 @@ class MetaWorld(gymnasium.Wrapper):
         return self.env.reset()
 
 
+class Bounded(gymnasium.ActionWrapper):
+    """One of the LQRs, `name`."""
+
+    def __init__(self, name, render_mode=None):
+        package("shimmy")
+        super().__init__(gymnasium.make(f"dm_control/{name}-v0", render_mode=render_mode))
+        self.action_space = gymnasium.spaces.Box(-1, 1, self.env.action_space.shape)
+
+    def action(self, action):
+        return action.astype(self.env.action_space.dtype)
+
+
+for name in ("lqr_2_1", "lqr_6_2"):
+    gymnasium.register(f"lqr/{name}", "behaviors.worlds:Bounded", max_episode_steps=1000,
+                       kwargs={"name": f"lqr-{name}"})
 for row in TABLE.values():
     if row.domain == "metaworld":
         name = row.env_id.split(":")[1]
