@@ -39,6 +39,7 @@ class TrainConfig:
     verify: bool = True  # read every byte of the data before training
     prefetch: bool = False  # make batches ahead in a thread: the same ones, in the same order
     tasks: list[str] = None  # some of the data set's tasks (default: all)
+    embodiments: bool = True  # tasks of one share the whole model; no: each has maps of its own
     steps: int = None  # updates (default: tiny 600, small 10000, others 100000)
     batch_size: int = 128  # transitions an update, of all ranks together
     seed: int = 0  # of everything random
@@ -307,7 +308,10 @@ def dry_run(config, settings):
         metas = prepare.merged_metas(prepare.open_sources(config.data, config.tasks)["tasks"])
     except data.DataError:
         metas = prepare.default_metas(config.tasks)
-    learner = Learner(config_for(config.size, metas), settings, metas, 0, "meta")
+    model = config_for(config.size, metas)
+    if not config.embodiments:
+        model.tasks = [replace(task, embodiment="") for task in model.tasks]
+    learner = Learner(model, settings, metas, 0, "meta")
     print(parallel.report(learner, config.batch_size, config.accumulate, config.recompute,
                           config.shard))
 

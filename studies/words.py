@@ -27,7 +27,9 @@ from studies import print_table
 from studies.ladder import Table, call, new_parser, start_or_resume
 
 GROUP = "metaworld:10"
-ALGOS = ("bc", "rwr", "pac")
+ALGOS = {  # flags of train.py
+    "bc": ["--algo", "bc"], "rwr": ["--algo", "rwr"], "pac": ["--algo", "pac"],
+    "pac, own maps": ["--algo", "pac", "--no-embodiments"]}
 EPISODES = 10
 COLUMNS = ("algo", "seed", "task", "told", "words", "episodes", "success", "reach", "push", "lift",
            "none")
@@ -88,16 +90,21 @@ def play(run, algo, seed):
 
 def show(rows):
     """Success when told in its own and in other words, by algorithm; and what is done instead."""
-    head = ["algo", "seeds", "own words", "held-out words", "another's words"]
+    head = ["algo", "seeds", "own words", "held-out words", "own words, where a scene is shared",
+            "another's words there"]
     lines = []
     for algo in dict.fromkeys(row["algo"] for row in rows):
         mine = [row for row in rows if row["algo"] == algo]
         swapped = {row["task"] for row in mine if row["told"] not in ("own", "held out")}
-        means = []
-        for tolds in (["own"], ["held out"], None):
-            chosen = [float(row["success"]) for row in mine
-                      if (row["told"] in tolds if tolds else row["told"] not in ("own", "held out"))]
-            means.append(f"{np.mean(chosen):.0%}")
+        own, held_out, own_of_swapped, others = [], [], [], []
+        for row in mine:
+            success = float(row["success"])
+            if row["told"] == "own":
+                own.append(success)
+                own_of_swapped += [success] * (row["task"] in swapped)
+            else:
+                (held_out if row["told"] == "held out" else others).append(success)
+        means = [f"{np.mean(some):.0%}" for some in (own, held_out, own_of_swapped, others)]
         lines.append([algo, len({row["seed"] for row in mine}), *means])
     print_table(head, lines)
     for algo in dict.fromkeys(row["algo"] for row in rows):
@@ -113,7 +120,7 @@ def show(rows):
 
 def main():
     parser = new_parser(__doc__)
-    parser.add_argument("--algo", nargs="+", choices=ALGOS, default=ALGOS)
+    parser.add_argument("--algo", nargs="+", choices=ALGOS, default=list(ALGOS))
     parser.add_argument("--seeds", nargs="+", type=int, default=(0,))
     parser.add_argument("flags", nargs="*", help="of train.py, behind a --")
     args = parser.parse_args()
@@ -127,8 +134,8 @@ def main():
             parser.error(error)
         prepare.build(data, ["switching"], names, 20_000, source=suite)
         for algo, seed in table.missing([(a, s) for s in args.seeds for a in args.algo]):
-            run = table.runs / f"{algo}-{seed}"
-            flags = ["--algo", algo, "--seed", seed, "--data", data / "switching", "--tasks",
+            run = table.runs / f"{algo.replace(', ', '-').replace(' ', '-')}-{seed}"
+            flags = [*ALGOS[algo], "--seed", seed, "--data", data / "switching", "--tasks",
                      *names, "--episodes", 0, *args.flags]
             call(["train.py", *start_or_resume(run, flags)], run.with_suffix(".log"))
             table.append(play(run, algo, seed))
