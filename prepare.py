@@ -389,6 +389,8 @@ def run_import(args):
 
 def run_export(args):
     task = Task(args.task)
+    if task.meta.get("frame") and re.search(r"^minari:|\.(hdf5|h5)$", args.target):
+        raise DataError(f"{task.folder} has pictures, and only a folder of .npz files takes these")
     if args.target.startswith("minari:"):
         formats.write_minari(task, args.target.removeprefix("minari:"))
     else:

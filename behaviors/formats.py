@@ -22,7 +22,7 @@ FLAT = ("observations", "actions", "rewards", "terminals")  # D4RL's arrays, one
 NAMES = {"obs": ("obs",), "action": ("action", "acts"), "reward": ("reward", "rews"),
          "terminated": ("terminated", "terminal")}
 TOLD = ("instruction", "paraphrases", "embodiment")  # what a model is told of a task
-ABOUT = ("env_id", *envs.KEPT, *TOLD, "discount", "reference")  # exported beside the data
+ABOUT = ("env_id", *envs.KEPT, *TOLD, "discount", "reference", "frame")  # exported beside the data
 
 
 # ---------------------------------------------------------------- .npz: ours, and imitation's
@@ -45,7 +45,7 @@ def read_npz(source, reading):
                 arrays[name] = file[found[0]] if found else None
             arrays["reward"] = rewards(arrays["reward"], len(arrays["action"]), reading, where)
             if "indices" not in file:
-                yield Episode(**arrays)
+                yield Episode(**arrays, frames=file["frames"] if "frames" in file else None)
                 return
             cuts = file["indices"]
         counts = np.arange(len(cuts)) + 1  # each episode has one observation more
@@ -58,15 +58,22 @@ def read_npz(source, reading):
 
 
 def about_npz(source):
-    path = Path(source) / "task.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    path, first = Path(source) / "task.json", min(Path(source).glob("*.npz"), default=None)
+    about = json.loads(path.read_text()) if path.exists() else {}
+    if first and "frame" not in about:
+        with np.load(first, allow_pickle=False) as file:
+            if "frames" in file:  # (T+1, height, width, channels)
+                about["frame"] = list(file["frames"].shape[1:])
+    return about
 
 
 def write_npz(task, folder):
     folder.mkdir()
     (folder / "task.json").write_text(json.dumps(about(task)))
     for number in exported(range(len(task.episodes))):
-        np.savez(folder / f"episode-{number:06d}.npz", **vars(task.episode(number)))
+        arrays = vars(task.episode(number))
+        arrays = {name: array for name, array in arrays.items() if array is not None}
+        np.savez(folder / f"episode-{number:06d}.npz", **arrays)
 
 
 def about(task):

@@ -14,7 +14,7 @@ def describe_import(args, about):
     """The meta of the task that is imported: as the flags say, and otherwise as its source."""
     said, given = (name and name.rpartition(":")[2] for name in (about.get("env_id"), args.env_id))
     if given not in (None, said):  # what is said of another environment does not hold
-        about = {key: about[key] for key in ("box", "discount") if key in about}
+        about = {key: about[key] for key in ("box", "discount", "frame") if key in about}
     kept = {key: about.get(key) for key in envs.KEPT}
     for key in ("env_args", "max_episode_steps"):
         if getattr(args, key) is not None:
@@ -29,6 +29,8 @@ def describe_import(args, about):
     discount = about.get("discount", 0.99) if args.discount is None else args.discount
     instruction = args.instruction or about.get("instruction") or env_id
     meta = envs.describe(env_id, instruction, discount, reference, **kept)
+    if about.get("frame"):
+        meta["frame"] = about["frame"]
     for name in TOLD[1:]:
         if getattr(args, name) or about.get(name):
             meta[name] = getattr(args, name) or about[name]

@@ -88,6 +88,36 @@ def test_pictures_have_to_be_those_of_the_task(tmp_path, frames, expected):
     assert not (tmp_path / "a/meta.json").exists()
 
 
+def test_pictures_go_out_and_in_as_npz_alone(tmp_path, capsys):
+    painted(tmp_path / "set")
+    prepare.main(["export", str(tmp_path / "set/Painted-v0"), str(tmp_path / "npz")])
+    prepare.main(["import", str(tmp_path / "npz"), str(tmp_path / "again")])
+    (tmp_path / "npz/task.json").unlink()  # then the files say what pictures there are
+    prepare.main(["import", str(tmp_path / "npz"), str(tmp_path / "third"), "--env-id",
+                  "Painted-v0"])
+    for folder in ("again", "third"):
+        task = data.Task(tmp_path / folder / "Painted-v0")
+        assert task.meta["frame"] == SHAPE
+        np.testing.assert_array_equal(task.frames(), painted_frames(tmp_path))
+    for target in ("minari:a/b-v0", "out.hdf5"):
+        with pytest.raises(SystemExit):
+            prepare.main(["export", str(tmp_path / "set/Painted-v0"), target])
+        assert "only a folder of .npz files takes these" in capsys.readouterr().err
+
+
+def painted_frames(folder):
+    return data.Task(folder / "set/Painted-v0").frames()
+
+
+def test_an_export_without_pictures_needs_no_pickle(tmp_path):
+    from tests.conftest import write_task
+    write_task(tmp_path / "a", [3])
+    prepare.main(["export", str(tmp_path / "a"), str(tmp_path / "npz")])
+    with np.load(next((tmp_path / "npz").glob("*.npz")), allow_pickle=False) as file:
+        assert {name: file[name].dtype.kind for name in file} == {
+            "obs": "f", "action": "f", "reward": "f", "terminated": "b"}
+
+
 # ---------------------------------------------------------------- in batches
 
 def test_a_window_has_the_pictures_of_its_ends_and_of_those_before(tmp_path):
