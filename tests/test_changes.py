@@ -75,3 +75,25 @@ def test_a_task(changed, tmp_path):
     assert np.isfinite(trained(folder, run, "own")["loss"])
     summary = json.loads((folder / "run" / "eval.json").read_text())
     assert list(summary["tasks"]) == ["MoonHopper-v0"]
+
+
+def test_a_modality(changed):
+    """Depth beside the colours: a channel more in the data and in the model."""
+    folder, run = changed("depth")
+    script = """
+import json, prepare
+from pathlib import Path
+from behaviors import pixels
+if __name__ == "__main__":
+    prepare.build(Path("seen"), ["switching"], ["Reacher-v5"], 400, source=pixels)
+    print("made")
+"""
+    (folder / "make.py").write_text(script)
+    made = subprocess.run([sys.executable, "make.py"], cwd=folder, capture_output=True, text=True)
+    if "made" not in made.stdout and ("EGL" in made.stderr or "OpenGL" in made.stderr):
+        pytest.skip("nothing can be rendered here")
+    assert "made" in made.stdout, made.stderr
+    meta = json.loads((folder / "seen/switching/Reacher-v5/meta.json").read_text())
+    assert meta["frame"] == [64, 64, 4]
+    line = trained(folder, run, "seen/switching")
+    assert np.isfinite(line["loss"])
