@@ -38,7 +38,8 @@ class LossSettings:
     critic: str = "q"  # "q": improve on the target policy (L^Q); "v": on the data's (L^V)
     act: str = "improved"  # how the policy acts when it is evaluated, see ACTS in eval.py
     eta: float = 2.0  # divides Q, or the advantage, in units of its spread; also where pi_imp acts
-    focus: float = 5.0  # the policy learns as from data drawn by exp(focus * return); 0: all alike
+    focus: float = 5.0  # the policy learns as from data drawn by exp(focus * merit); 0: all alike
+    merit: str = "return"  # a transition's: its return; or its advantage, which is that less V(s)
     samples: int = 8  # N, actions drawn from the target policy at a state
     n_step: int = 3  # rewards summed before the bootstrap
     warmup: float = 0.5  # share of the updates that clone, and fit the critic to observed returns
@@ -269,10 +270,11 @@ class Learner:
         latents = self.model.encode(obs, task, frames)  # (B, L, W)
         policy = self.model.policy(latents, task)
         clone, improve, td, metrics = cloning_loss(policy, action), 0.0, 0.0, {}
+        observed = self.scale(batch.return_to_go[:, 0], task)
+        baseline = self.baseline_loss(latents, observed) if s.merit == "advantage" else 0.0
 
         if s.beta > 0:
             logits = self.value_logits(latents, action, task)  # (B, M)
-            observed = self.scale(batch.return_to_go[:, 0], task)
             reward, bootstrap = n_step_return(batch, self.discount[task])
             # In values on [0, 1], the n-step target is shift + bootstrap * the next value.
             shift = (reward - (1 - bootstrap) * self.low[task]) / self.range[task]
@@ -287,9 +289,16 @@ class Learner:
 
         # L^Q, the paper's equation; the algorithms differ in its terms and weights.
         loss = (worth * ((1 - alpha) * improve + alpha * clone) + s.beta * td).mean()
+        loss = loss + baseline
         if self.with_metrics:
             metrics |= {"policy/clone_loss": clone.mean(), "policy/entropy": policy.entropy()}
         return loss, {**metrics, "loss": loss}
+
+    def baseline_loss(self, latents, observed):
+        """Of V, which learns the observed returns (B,)."""
+        logits, nothing = self.model.v(latents), torch.zeros_like(observed)
+        return bellman_cross_entropy(logits, torch.zeros_like(logits), nothing, nothing, observed,
+                                     1.0).mean()
 
     def critic_metrics(self, td, logits, observed):
         value = self.model.expectation(logits)
@@ -387,8 +396,10 @@ class Learner:
             candidates = candidates.map(parallel.of_all_ranks)
             torch.distributed.broadcast(place, 0)
         task = candidates.task
-        observed = self.scale(candidates.return_to_go[:, 0], task)
-        worth = data_weights(observed, task, self.num_tasks, self.settings.focus)  # (pool * B,)
+        merit = self.scale(candidates.return_to_go[:, 0], task)
+        if self.settings.merit == "advantage":
+            merit = merit - self.usual(candidates)
+        worth = data_weights(merit, task, self.num_tasks, self.settings.focus)  # (pool * B,)
         odds = (1 + worth) / 2
         candidates.worth = worth / odds
         # Systematic sampling, at equal distances along the summed odds: each task keeps its share.
@@ -396,6 +407,17 @@ class Learner:
         places = (torch.arange(B, device=self.device) + place)[parallel.RANK::parallel.RANKS] / B
         rows = torch.searchsorted(sums, places * sums[-1])
         return candidates.take(rows.clamp(max=len(task) - 1))
+
+    @torch.no_grad()
+    def usual(self, batch):
+        """V(s) (B,), what the data's behaviours get from a state on.
+
+        A return ranks states before it ranks actions: of Meta-World's it is high once the task is
+        done, and weights by it left the first fifth of an episode a thirtieth of their sum.
+        """
+        frames, target = self.see(batch).frames, self.target_model
+        frames = None if frames is None else frames[:, 0]
+        return target.expectation(target.v(target.encode(batch.obs[:, 0], batch.task, frames)))
 
     def see(self, batch, generator=None):
         """The Batch with its pictures, if its tasks have any; all of a row's are shifted by chance

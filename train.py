@@ -164,7 +164,8 @@ def parse_args(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     choices = {"size": names_of("model.py", "SIZES"), "algo": names_of("learner.py", "ALGORITHMS"),
                "log": names_of("checkpoint.py", "LOGGERS"), "act": names_of("eval.py", "ACTS"),
-               "device": ("cpu", "cuda"), "critic": ("q", "v")}
+               "device": ("cpu", "cuda"), "critic": ("q", "v"),
+               "merit": ("return", "advantage")}
     add_flags(parser.add_argument_group("the run"), fields_of("train.py", "TrainConfig"), choices)
     more = parser.add_argument_group("instead of a new run")
     more.add_argument("--resume", metavar="RUN", default=None, help="go on with this run")
@@ -227,6 +228,9 @@ def check(config, settings):
     if settings.beta == 0 and settings.alpha < 1:
         raise RunError(f"--beta 0 --alpha {settings.alpha:g}: without a critic there is nothing to "
                        "improve by; --alpha 1 clones alone")
+    if settings.merit == "advantage" and (settings.critic == "v" or not settings.focus):
+        raise RunError("--merit advantage is what --focus weighs by, beside a critic Q or none: not "
+                       "with --focus 0, nor with --critic v, which has an advantage of its own")
     if settings.act in ("improved", "best") and (settings.beta == 0 or settings.critic == "v"):
         raise RunError(f"--act {settings.act} needs a critic Q, and these settings train none")
     for name in ("weights", "alphas"):

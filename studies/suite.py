@@ -22,9 +22,10 @@ from data import FINAL_OBS, FLAG, Batch, DataError
 from learner import Learner, settings_for
 from model import SIZES, config_for, count_parameters
 from studies import print_table
-from studies.ladder import Table, at_a_time, new_parser, train
+from studies.ladder import OTHER_ACTS, Table, at_a_time, new_parser, train
 
-ALGOS = ("bc", "filtered_bc", "rwr", "pac")
+ALGOS = ("bc", "filtered_bc", "rwr", "bc_q", "one_step", "pac_paper", "pac")
+SHOWN = (*ALGOS[:4], "bc_q-improved", *ALGOS[4:])
 COLUMNS = ("domain", "task", "algo", "seed", "episodes", "score", "success")
 KEY = ("domain", "algo", "seed")  # "domain" is a group of tasks, such as metaworld:10
 EPISODES = 10
@@ -65,7 +66,7 @@ def by_task(rows, algo):
 def show(table):
     for domain in dict.fromkeys(row["domain"] for row in table.rows()):
         rows = [row for row in table.rows() if row["domain"] == domain]
-        scores = {algo: by_task(rows, algo) for algo in ALGOS}
+        scores = {algo: by_task(rows, algo) for algo in SHOWN}
         pac, lines = scores["pac"], []
         for algo, found in scores.items():
             if not found:
@@ -104,9 +105,12 @@ def random_batch(metas, size):
     return Batch(rows, obs_dim, torch.arange(size) * len(metas) // size)
 
 
-def cost(texts, size, algo="pac"):
-    """A line of the table: a model of these tasks, and a few updates of it."""
+def cost(texts, size, shares, algo="pac"):
+    """A line of the table: a model of these tasks, and a few updates of it. shares: whether tasks
+    of one embodiment share their maps"""
     metas = metas_of(suite.chosen(texts))
+    if not shares:
+        metas = [{**meta, "embodiment": ""} for meta in metas]
     learner = Learner(config_for(size, metas), settings_for(algo, warmup=0.0), metas, 100, "cpu")
     encoders = (learner.model.obs_encoder, learner.model.action_encoder)
     maps = sum(encoder.weight.numel() + encoder.bias.numel() for encoder in encoders)
@@ -119,16 +123,18 @@ def cost(texts, size, algo="pac"):
         learner.update_from(batch, generator)
     seconds = (time.process_time() - began) / UPDATES
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # GB, of the process so far
-    return [" ".join(texts), len(metas), size, f"{count_parameters(learner.model) / 1e6:.2f}M",
+    return [" ".join(texts), len(metas), len(learner.model.obs_mean), f"{count_parameters(learner.model) / 1e6:.2f}M",
             f"{maps / 1e6:.2f}M", f"{own / 1e6:.2f}M", f"{1 / seconds:.2g}", f"{memory:.1f}"]
 
 
 def print_cost(sizes):
     torch.set_num_threads(1)
-    head = ["tasks", "count", "size", "parameters", "maps", "maps of own widths",
+    head = ["tasks", "count", "maps", "parameters", "of these maps", "maps of own widths",
             "updates a CPU-second", "peak memory, GB"]
     groups = (["metaworld:10"], ["metaworld"], ["dm_control"], list(suite.PACKAGES))
-    print_table(head, [cost(texts, size) for size in sizes for texts in groups])
+    for size in sizes:
+        print(f"\n{size}\n")
+        print_table(head, [cost(texts, size, shares) for texts in groups for shares in (True, False)])
 
 
 # ---------------------------------------------------------------- the runs
@@ -152,7 +158,7 @@ def main():
 
     def work(job):
         flags = ["--tasks", *suite.chosen([job[0]]), "--episodes", EPISODES, *args.flags]
-        train(table, job, data / "switching", flags)
+        train(table, job, data / "switching", flags, OTHER_ACTS.get(job[1]))
 
     if not args.table:
         wanted = [(group, algo, seed)

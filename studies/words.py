@@ -29,6 +29,7 @@ from studies.ladder import Table, call, new_parser, start_or_resume
 GROUP = "metaworld:10"
 ALGOS = {  # flags of train.py
     "bc": ["--algo", "bc"], "rwr": ["--algo", "rwr"], "pac": ["--algo", "pac"],
+    "pac, focus 0": ["--algo", "pac", "--focus", "0"],
     "pac, own maps": ["--algo", "pac", "--no-embodiments"]}
 EPISODES = 10
 COLUMNS = ("algo", "seed", "task", "told", "words", "episodes", "success", "reach", "push", "lift",
