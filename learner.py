@@ -54,10 +54,12 @@ ALGORITHMS = {
     "bc": CLONING,
     "filtered_bc": dict(CLONING, top=0.1),
     "rwr": dict(CLONING, focus=5.0),
+    "awr": dict(CLONING, focus=5.0, merit="advantage"),
     "bc_q": dict(alpha=1.0, focus=0.0, act="mean"),
     "one_step": dict(warmup=1.0),
     "pac_paper": dict(focus=0.0, alpha=0.5),
     "pacv": dict(critic="v", alpha=0.2, eta=1.0, act="mean"),
+    "pac_awr": dict(merit="advantage"),
     "pac": dict(),
 }
 RENAMED = {"fc": "filtered_bc", "bcq": "bc_q"}  # bcq is Batch-Constrained Q-learning to this field

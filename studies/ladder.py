@@ -218,11 +218,13 @@ def add_choices(parser, name, groups, algos):
 
 # ---------------------------------------------------------------- study 1
 
-ALGOS = ("bc", "filtered_bc", "rwr", "bc_q", "one_step", "pac_paper", "pacv", "pac")
+ALGOS = ("bc", "filtered_bc", "rwr", "bc_q", "one_step", "pac_paper", "pacv", "pac", "awr",
+         "pac_awr")
 # Played too: is it the critic, or the policy?
 OTHER_ACTS = {"bc_q": "improved"}
 # First those that take all of the data alike, then those that choose or weigh it.
-SHOWN = ("bc", "bc_q-improved", "pac_paper", "filtered_bc", "rwr", "one_step", "pacv", "pac")
+SHOWN = ("bc", "bc_q-improved", "pac_paper", "filtered_bc", "rwr", "one_step", "pacv", "pac", "awr",
+         "pac_awr")
 # The parts of the default data; and tasks that no choice of the recipe has seen, with data that is
 # made as `switching` is. One of them has a sparse reward.
 DATA = {part: Path("datasets", part) for part in PARTS}

@@ -24,8 +24,8 @@ from model import SIZES, config_for, count_parameters
 from studies import print_table
 from studies.ladder import OTHER_ACTS, Table, at_a_time, new_parser, train
 
-ALGOS = ("bc", "filtered_bc", "rwr", "bc_q", "one_step", "pac_paper", "pac")
-SHOWN = (*ALGOS[:4], "bc_q-improved", *ALGOS[4:])
+ALGOS = ("bc", "filtered_bc", "rwr", "awr", "bc_q", "one_step", "pac_paper", "pac", "pac_awr")
+SHOWN = (*ALGOS[:5], "bc_q-improved", *ALGOS[5:])
 COLUMNS = ("domain", "task", "algo", "seed", "episodes", "score", "success")
 KEY = ("domain", "algo", "seed")  # "domain" is a group of tasks, such as metaworld:10
 EPISODES = 10
