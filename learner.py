@@ -6,7 +6,7 @@
     clone     -log pi(a|s)
     td        -sum_q Gamma(q) log p(q|s, a),      Gamma: the projected Bellman target
 
-The first two count a transition by its `worth`, as if the data were drawn by exp(focus * return)
+The first two count a transition by its `worth`, as if the data were drawn by exp(focus * merit)
 [ours]. theta' is the target model, a lagged average of theta. Gamma also holds a share of the
 observed return, which falls from all to nothing as training goes on [ours]. Values are scaled task
 by task to [0, 1], so that one set of atoms serves returns of any size:
@@ -124,8 +124,9 @@ def data_weights(merit, task, num_tasks, focus):
     merit is measured from its task's mean, in its mean absolute deviation, and clipped at two of
     them: a few outliers (falls) would rule raw weights, and what is good enough shall count alike.
     With the return for merit it is reward-weighted regression (Peters and Schaal 2007), which Hong
-    et al. 2023 (arXiv 2306.13085) advise for mixed data of which the good part is small; with the
-    advantage it is L^V.
+    et al. 2023 (arXiv 2306.13085) advise for mixed data of which the good part is small. With the
+    return less V(s) it is advantage-weighted regression (Peng et al. 2019, arXiv 1910.00177); with
+    the one-step advantage it is L^V.
     """
     deviation = merit - mean_per_task(merit, task, num_tasks)
     scaled = deviation / (mean_per_task(deviation.abs(), task, num_tasks) + 1e-8)
@@ -385,7 +386,7 @@ class Learner:
         """A Batch of POOL times too many transitions -> one of B, half by chance, half by their
         worth.
 
-        Worth, exp(focus * return), lies on a tenth of the data: weights alone left most of a batch
+        Worth, exp(focus * merit), lies on a tenth of the data: weights alone left most of a batch
         without a say in the policy's terms. What is over- or underrepresented is put right by the
         rest of the weight, 2 at the most; the critic learns from the rows as they come. Ranks
         choose together, as one process would, and take a share each.
