@@ -227,6 +227,9 @@ class Scene:
 
     def __init__(self, run, task=None, folder=None, episode=None, step=None):
         self.model, self.config = load_run(run)
+        if self.model.pixels is not None:
+            raise RunError(f"{run} learnt from pictures, and these figures are of models that read "
+                           "numbers alone; eval.py --video films it")
         names = [meta["name"] for meta in self.config["tasks"]]
         self.name = task or names[0]
         if self.name not in names:

@@ -9,6 +9,7 @@ import torch
 import data
 import envs
 import parallel
+import plots
 import prepare
 import train
 from checkpoint import RunError
@@ -244,6 +245,8 @@ def test_a_run_on_pictures_goes_on_and_is_evaluated(tmp_path):
     from tests.test_train import assert_same_end
     painted(tmp_path / "set")
     run(tmp_path / "set", tmp_path / "whole", "--episodes", "2")
+    with pytest.raises(RunError, match="learnt from pictures"):
+        plots.Scene(tmp_path / "whole")
     summary = json.loads((tmp_path / "whole/eval.json").read_text())
     assert summary["tasks"]["Painted-v0"]["return"] == 6 and not summary["failed"]
     run(tmp_path / "set", tmp_path / "part", steps=10)
