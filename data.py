@@ -426,7 +426,8 @@ class Task:
 
     def checksum(self, number):
         """What an episode's bytes come to; its record has what they came to when it was written."""
-        found, frames = zlib.crc32(self.episode_rows(number)), self.of_episode(self.frames(), number)
+        found = zlib.crc32(self.episode_rows(number))
+        frames = self.of_episode(self.frames(), number)
         return found if frames is None else zlib.crc32(frames, found)
 
     def __iter__(self):

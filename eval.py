@@ -147,7 +147,7 @@ class Play:
         self.low = np.array(meta["action_low"], np.float32)
         self.high = np.array(meta["action_high"], np.float32)
         self.obs, self.action, self.reward, self.frames = [], [], [], []
-        self.seen = []  # the pictures that the model is given: the last ones, or all that there were
+        self.seen = []  # the pictures that a model is given: the last ones, or all there were
         self.terminated = self.live = False
         self.env = self.failed = self.success = self.limit = None
 
@@ -210,7 +210,8 @@ class Play:
             self.seen.append(envs.picture(self.env))
 
     def history(self):
-        """The last pictures (HISTORY, height, width, channels); before the first stands the first"""
+        """The last pictures (HISTORY, height, width, channels). Before the first stands the first.
+        """
         missing = data.HISTORY - len(self.seen)
         return np.stack([self.seen[0]] * missing + self.seen[-data.HISTORY:])
 

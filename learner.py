@@ -160,8 +160,8 @@ def schedule(update, total):
 
 
 def shifted(frames, noise):
-    """Pictures (B, ..., H, W, C), moved by up to SHIFT pixels either way; at the edge the last row or
-    column is repeated. noise (B, 2): uniform on [0, 1)"""
+    """Pictures (B, ..., H, W, C), moved by up to SHIFT pixels either way; the last row or column is
+    repeated at the edge. noise (B, 2): uniform on [0, 1)"""
     H, W = frames.shape[-3:-1]
     by = (noise * (2 * SHIFT + 1)).long() - SHIFT  # (B, 2)
     rows = (torch.arange(H, device=by.device) + by[:, :1]).clamp(0, H - 1)  # (B, H)
@@ -229,7 +229,7 @@ class Learner:
         self.loss = self.forward = torch.compile(self.loss, dynamic=False)
 
     def start_at(self, batch):
-        """Begin at the data: the scale of each embodiment's observations, and the values' distribution.
+        """Begin at the data: the scale of each embodiment's observations, and how values lie.
 
         The value heads' bias is set to the log histogram of the data's returns, and their weights
         small: from a uniform start, values take thousands of updates to come down to the returns.

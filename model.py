@@ -388,7 +388,8 @@ class Perceiver(nn.Module):
 
     def policy(self, latents, task):
         """latents: (B, L, W), task: (B,) -> a Policy"""
-        read = self.policy_decoder(Shared(self.policy_query, self.body_of(task)), latents)  # (B, A + 1, W)
+        query = Shared(self.policy_query, self.body_of(task))
+        read = self.policy_decoder(query, latents)  # (B, A + 1, W)
         components = self.component_head(read[:, 0])  # (B, C)
         bins = self.policy_head(read[:, 1:])  # (B, A, C K)
         bins = bins.unflatten(2, (self.config.components, -1)).float()  # (B, A, C, K)
@@ -419,7 +420,7 @@ class Perceiver(nn.Module):
         return (probs * self.value_atoms).sum(-1)
 
     def attention_scores(self, obs, task, frames=None):
-        """Of the latents for the inputs: the observation's tokens, then words, then pictures' places.
+        """Of the latents for the inputs: the observation's tokens, words, the pictures' places.
         (B, H, L, I)"""
         contexts, mask = self.inputs(obs, task, frames)
         q, k, _ = self.encoder.project(Shared(self.latents, task), contexts)

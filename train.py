@@ -229,8 +229,8 @@ def check(config, settings):
         raise RunError(f"--beta 0 --alpha {settings.alpha:g}: without a critic there is nothing to "
                        "improve by; --alpha 1 clones alone")
     if settings.merit == "advantage" and (settings.critic == "v" or not settings.focus):
-        raise RunError("--merit advantage is what --focus weighs by, beside a critic Q or none: not "
-                       "with --focus 0, nor with --critic v, which has an advantage of its own")
+        raise RunError("--merit advantage is what --focus weighs by: not with --focus 0, nor with "
+                       "--critic v, which has an advantage of its own")
     if settings.act in ("improved", "best") and (settings.beta == 0 or settings.critic == "v"):
         raise RunError(f"--act {settings.act} needs a critic Q, and these settings train none")
     for name in ("weights", "alphas"):

@@ -2,7 +2,7 @@
 
     python -m studies.pixels              data and runs that are missing, then the table
     python -m studies.pixels --table      no runs: what results/pixels.csv says
-    python -m studies.pixels --folder /tmp/try --transitions 200 -- --steps 4 --episodes 1     a trial
+    python -m studies.pixels --folder /tmp/try --transitions 200 -- --steps 4 --episodes 1
 
 Positions are withheld: what stands beside three pictures of 64 x 64 is a one (behaviors/pixels.py).
 """

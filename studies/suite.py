@@ -123,8 +123,8 @@ def cost(texts, size, shares, algo="pac"):
         learner.update_from(batch, generator)
     seconds = (time.process_time() - began) / UPDATES
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # GB, of the process so far
-    return [" ".join(texts), len(metas), len(learner.model.obs_mean), f"{count_parameters(learner.model) / 1e6:.2f}M",
-            f"{maps / 1e6:.2f}M", f"{own / 1e6:.2f}M", f"{1 / seconds:.2g}", f"{memory:.1f}"]
+    parameters = f"{count_parameters(learner.model) / 1e6:.2f}M"
+    return [" ".join(texts), len(metas), len(learner.model.obs_mean), parameters, f"{maps / 1e6:.2f}M", f"{own / 1e6:.2f}M", f"{1 / seconds:.2g}", f"{memory:.1f}"]
 
 
 def print_cost(sizes):
@@ -134,7 +134,8 @@ def print_cost(sizes):
     groups = (["metaworld:10"], ["metaworld"], ["dm_control"], list(suite.PACKAGES))
     for size in sizes:
         print(f"\n{size}\n")
-        print_table(head, [cost(texts, size, shares) for texts in groups for shares in (True, False)])
+        lines = [cost(texts, size, shares) for texts in groups for shares in (True, False)]
+        print_table(head, lines)
 
 
 # ---------------------------------------------------------------- the runs
