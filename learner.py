@@ -274,7 +274,6 @@ class Learner:
         policy = self.model.policy(latents, task)
         clone, improve, td, metrics = cloning_loss(policy, action), 0.0, 0.0, {}
         observed = self.scale(batch.return_to_go[:, 0], task)
-        baseline = self.baseline_loss(latents, observed) if s.merit == "advantage" else 0.0
 
         if s.beta > 0:
             logits = self.value_logits(latents, action, task)  # (B, M)
@@ -292,7 +291,8 @@ class Learner:
 
         # L^Q, the paper's equation; the algorithms differ in its terms and weights.
         loss = (worth * ((1 - alpha) * improve + alpha * clone) + s.beta * td).mean()
-        loss = loss + baseline
+        if s.merit == "advantage":
+            loss = loss + self.baseline_loss(latents, observed)
         if self.with_metrics:
             metrics |= {"policy/clone_loss": clone.mean(), "policy/entropy": policy.entropy()}
         return loss, {**metrics, "loss": loss}

@@ -124,7 +124,8 @@ def cost(texts, size, shares, algo="pac"):
     seconds = (time.process_time() - began) / UPDATES
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # GB, of the process so far
     parameters = f"{count_parameters(learner.model) / 1e6:.2f}M"
-    return [" ".join(texts), len(metas), len(learner.model.obs_mean), parameters, f"{maps / 1e6:.2f}M", f"{own / 1e6:.2f}M", f"{1 / seconds:.2g}", f"{memory:.1f}"]
+    return [" ".join(texts), len(metas), len(learner.model.obs_mean), parameters,
+            f"{maps / 1e6:.2f}M", f"{own / 1e6:.2f}M", f"{1 / seconds:.2g}", f"{memory:.1f}"]
 
 
 def print_cost(sizes):
