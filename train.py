@@ -306,16 +306,21 @@ def open_data(config):
     return prepare.open_sources(config.data, config.tasks, config.weights, config.alphas, verify)
 
 
+def model_config(config, metas):
+    """The ModelConfig that a run's flags ask for."""
+    model = config_for(config.size, metas)
+    if not config.embodiments:
+        model.tasks = [replace(task, embodiment="") for task in model.tasks]
+    return model
+
+
 def dry_run(config, settings):
     """Print what the run would take. The data need not be there yet."""
     try:
         metas = prepare.merged_metas(prepare.open_sources(config.data, config.tasks)["tasks"])
     except data.DataError:
         metas = prepare.default_metas(config.tasks)
-    model = config_for(config.size, metas)
-    if not config.embodiments:
-        model.tasks = [replace(task, embodiment="") for task in model.tasks]
-    learner = Learner(model, settings, metas, 0, "meta")
+    learner = Learner(model_config(config, metas), settings, metas, 0, "meta")
     print(parallel.report(learner, config.batch_size, config.accumulate, config.recompute,
                           config.shard))
 
@@ -336,7 +341,7 @@ def start(config, settings, metas, sources):
     """A learner that begins at the data, on all ranks."""
     if config.graph and any(meta.get("frame") for meta in metas):
         raise RunError("--graph: a graph cannot read pictures, and these tasks have some")
-    learner = Learner(config_for(config.size, metas), settings, metas, config.steps, config.device,
+    learner = Learner(model_config(config, metas), settings, metas, config.steps, config.device,
                       config.seed, config.accumulate)
     learner.model.recompute = config.recompute
     if config.compile:

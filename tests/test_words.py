@@ -4,14 +4,17 @@ import numpy as np
 import pytest
 import torch
 
+import data
 from behaviors import suite
+from checkpoint import load_run
 from eval import evaluation_path, parse_args
 from learner import Learner, settings_for
 from model import Perceiver, tokenize
 from studies import words
 from studies.suite import metas_of, random_batch
-from tests.conftest import meta, tiny
+from tests.conftest import meta, numbered, task_meta, tiny
 from tests.test_model import outputs, seeded
+from tests.test_train import run, tensors
 
 TWO = [{**meta("push", 3, 2), "instruction": "push it", "embodiment": "arm"},
        {**meta("pull", 3, 2), "instruction": "pull it", "embodiment": "arm",
@@ -47,6 +50,19 @@ def test_tasks_without_an_embodiment_share_nothing():
     assert len(model.obs_mean) == len(model.obs_encoder.weight) == len(model.policy_query) == 3
     model.tell(0, "pull it")
     assert not torch.allclose(asked(model, 0), asked(model, 1))
+
+
+@pytest.mark.parametrize("asked, maps", [(True, 2), (False, 3)])
+def test_a_run_shares_maps_or_not_as_asked(tmp_path, asked, maps):
+    for about in TWO:
+        source = task_meta(about["obs_dim"], about["action_dim"])
+        told = {name: about[name] for name in ("embodiment", "paraphrases") if name in about}
+        episodes = [numbered(number, 9, about["obs_dim"], about["action_dim"]) for number in (0, 1)]
+        data.append(tmp_path / "set" / about["name"], episodes, {**source, **told})
+    flag = "--embodiments" if asked else "--no-embodiments"
+    run(tmp_path / "set", tmp_path / "run", flag, steps=2)
+    assert tensors(tmp_path / "run")["target.obs_encoder.weight"].shape[0] == maps
+    assert len(load_run(tmp_path / "run")[0].obs_mean) == maps
 
 
 def test_an_embodiment_has_one_width():
