@@ -7,8 +7,10 @@ data.Task. The packages that a format needs are imported where it is read or wri
 
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -61,7 +63,8 @@ def about_npz(source):
     path, first = Path(source) / "task.json", min(Path(source).glob("*.npz"), default=None)
     about = json.loads(path.read_text()) if path.exists() else {}
     if first and "frame" not in about:
-        with np.load(first, allow_pickle=False) as file:
+        # What cannot be read is named when its turn comes.
+        with suppress(OSError, ValueError, BadZipFile), np.load(first, allow_pickle=False) as file:
             if "frames" in file:  # (T+1, height, width, channels)
                 about["frame"] = list(file["frames"].shape[1:])
     return about

@@ -8,7 +8,7 @@ import pytest
 import data
 from behaviors import formats
 from behaviors.steps import Reading, at_limit
-from tests.test_prepare import assert_same, command, pendulum, refusal
+from tests.test_prepare import arrays_of, assert_same, command, pendulum, refusal
 
 
 def hdf5(path, mode="r"):
@@ -194,8 +194,8 @@ def test_bad_episodes_are_left_out_if_asked_with_a_count(tmp_path, capsys):
     episodes = pendulum(tmp_path / "npz", [3, 4, 5, 6, 7], [False] * 5)
     (tmp_path / "npz" / "1.npz").write_bytes(b"PK")
     reward = np.array([0, 1, np.nan, 3, 4])
-    np.savez(tmp_path / "npz" / "2.npz", **{**vars(episodes[2]), "reward": reward})
-    np.savez(tmp_path / "npz" / "4.npz", **{**vars(episodes[4]), "obs": np.zeros((3, 3))})
+    np.savez(tmp_path / "npz" / "2.npz", **{**arrays_of(episodes[2]), "reward": reward})
+    np.savez(tmp_path / "npz" / "4.npz", **{**arrays_of(episodes[4]), "obs": np.zeros((3, 3))})
     flags = ["import", tmp_path / "npz", tmp_path / "own", "--env-id", "Pendulum-v1"]
     assert "1.npz: it is damaged" in refusal(capsys, *flags)
     command(*flags, "--skip-bad")

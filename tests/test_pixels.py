@@ -119,6 +119,15 @@ def test_an_export_without_pictures_needs_no_pickle(tmp_path):
             "obs": "f", "action": "f", "reward": "f", "terminated": "b"}
 
 
+def test_a_first_file_that_is_damaged_is_named(tmp_path, capsys):
+    (tmp_path / "npz").mkdir()
+    (tmp_path / "npz/0.npz").write_bytes(b"half a file")
+    with pytest.raises(SystemExit):
+        prepare.main(["import", str(tmp_path / "npz"), str(tmp_path / "own"), "--env-id",
+                      "Painted-v0"])
+    assert "0.npz: it is damaged" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- in batches
 
 def test_a_window_has_the_pictures_of_its_ends_and_of_those_before(tmp_path):

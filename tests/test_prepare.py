@@ -342,6 +342,10 @@ def test_the_goal_task_has_its_source_s_policies():
 
 # ---------------------------------------------------------------- in and out
 
+def arrays_of(episode):
+    return {name: array for name, array in vars(episode).items() if array is not None}
+
+
 def pendulum(folder, lengths=(3, 5), terminated=(False, True)):
     """Write an .npz folder of Pendulum-v1, whose actions reach from -2 to 2; -> its episodes"""
     random, episodes = np.random.default_rng(0), []
@@ -351,7 +355,7 @@ def pendulum(folder, lengths=(3, 5), terminated=(False, True)):
         action = random.uniform(-2, 2, (length, 1)).astype(np.float32)
         reward = random.normal(size=length).astype(np.float32)
         episodes.append(data.Episode(obs, action, reward, end))
-        np.savez(folder / f"{number}.npz", **vars(episodes[-1]))
+        np.savez(folder / f"{number}.npz", **arrays_of(episodes[-1]))
     return episodes
 
 
