@@ -208,10 +208,9 @@ def checked_frames(frames, steps, meta, what):
     shape = meta.get("frame")
     if frames is None and shape is None:
         return b""
-    if frames is None or shape is None or frames.dtype != np.uint8 or \
-            frames.shape != (steps + 1, *shape):
-        found = "none" if frames is None else f"{frames.shape} of {frames.dtype}"
-        expected = "none" if shape is None else f"{(steps + 1, *shape)} of uint8"
+    found = "none" if frames is None else f"{frames.shape} of {frames.dtype}"
+    expected = "none" if shape is None else f"{(steps + 1, *shape)} of uint8"
+    if found != expected:
         raise DataError(f"{what}: pictures: {found}, expected {expected}")
     return np.ascontiguousarray(frames)
 

@@ -207,7 +207,10 @@ class Play:
             del self.seen[:-data.HISTORY + 1]
         self.obs.append(obs)
         if self.meta.get("frame"):
-            self.seen.append(envs.picture(self.env))
+            picture, shape = envs.picture(self.env), tuple(self.meta["frame"])
+            if np.shape(picture) != shape:
+                raise ValueError(f"a picture of shape {np.shape(picture)}, expected {shape}")
+            self.seen.append(picture)
 
     def history(self):
         """The last pictures (HISTORY, height, width, channels). Before the first stands the first.
@@ -277,8 +280,7 @@ def step(model, plays, how, eta, device):
     obs, noise = torch.from_numpy(obs).to(device), torch.from_numpy(noise).to(device)
     frames = None
     if model.pixels is not None:
-        shape = next(play.meta["frame"] for play in plays if play.meta.get("frame"))
-        none = np.zeros((data.HISTORY, *shape), np.uint8)
+        none = np.zeros((data.HISTORY, *model.config.frame), np.uint8)
         frames = [play.history() if play.seen else none for play in plays]
         frames = torch.from_numpy(np.stack(frames)).to(device)
     actions = act(model, obs, task, how, eta, noise, frames).cpu().numpy()

@@ -415,8 +415,8 @@ class Learner:
     def usual(self, batch):
         """V(s) (B,), what the data's behaviours get from a state on.
 
-        A return ranks states before it ranks actions: of Meta-World's it is high once the task is
-        done, and weights by it left the first fifth of an episode a thirtieth of their sum.
+        A return ranks states before it ranks actions. Meta-World's is high once a task is done, and
+        weights by it left the first fifth of an episode 2 to 6% of their sum, on most tasks.
         """
         frames, target = self.see(batch).frames, self.target_model
         frames = None if frames is None else frames[:, 0]

@@ -77,6 +77,11 @@ class ModelConfig:
 
     to_dict = asdict
 
+    @property
+    def frame(self):
+        """The shape of the pictures, for those tasks that have any; None if none has."""
+        return next((task.frame for task in self.tasks if task.frame), None)
+
 
 def config_for(size, metas, **changes):
     """The ModelConfig of a named size, for the metas of its tasks.
@@ -305,8 +310,7 @@ class Perceiver(nn.Module):
         buffer("obs_std", torch.ones(len(bodies), max(obs_dims)), persistent=True)
 
         self.obs_encoder = Scalars(obs_dims, config.obs_tokens, W)
-        frames = [task.frame for task in tasks if task.frame]
-        self.pixels = Pixels(frames[0], W) if frames else None
+        self.pixels = Pixels(config.frame, W) if config.frame else None
         buffer("sees", torch.tensor([bool(task.frame) for task in tasks]))
         self.word_embedding = nn.Embedding(WORDS, W)
         self.word_position = nn.Parameter(torch.randn(self.words.shape[1], W))

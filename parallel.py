@@ -238,9 +238,9 @@ def meta_batch(learner, batch_size):
     O, A = learner.model.obs_mean.shape[1], learner.model.action_mask.shape[1]
     rows = torch.empty(batch_size, learner.settings.n_step + 1, O + A + 3, device="meta")
     batch = Batch(rows, O, torch.empty(batch_size, dtype=torch.long, device="meta"))
-    shapes = [task.frame for task in learner.model.config.tasks if task.frame]
-    if shapes:
-        batch.frames = torch.empty(batch_size, 2, HISTORY, *shapes[0], dtype=torch.uint8,
+    frame = learner.model.config.frame
+    if frame:
+        batch.frames = torch.empty(batch_size, 2, HISTORY, *frame, dtype=torch.uint8,
                                    device="meta")
     return batch
 

@@ -30,7 +30,10 @@ def describe_import(args, about):
     instruction = args.instruction or about.get("instruction") or env_id
     meta = envs.describe(env_id, instruction, discount, reference, **kept)
     if about.get("frame"):
-        meta["frame"] = about["frame"]
+        meta["frame"] = frame = about["frame"]
+        if len(frame) != 3 or min(frame[:2]) < 8:
+            raise DataError(f"{args.source}: its pictures are {frame}; expected are height, width "
+                            "and channels, of 8 x 8 pixels at least")
     for name in TOLD[1:]:
         if getattr(args, name) or about.get(name):
             meta[name] = getattr(args, name) or about[name]

@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium.spaces import Box
 
 import envs
-from behaviors import collect, suite
+from behaviors import collect, suite, worlds
 from data import Episode
 
 FRAME = [64, 64, 3]
@@ -33,16 +33,20 @@ class Blind(gymnasium.Wrapper):
 
 
 class Camera(gymnasium.Wrapper):
-    """Keeps a picture of each state of an episode."""
+    """Keeps, for each episode, a picture of each state."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.pictures = []
 
     def reset(self, **options):
         out = self.env.reset(**options)
-        self.pictures = [envs.picture(self.env)]
+        self.pictures.append([envs.picture(self.env)])
         return out
 
     def step(self, action):
         out = self.env.step(action)
-        self.pictures.append(envs.picture(self.env))
+        self.pictures[-1].append(envs.picture(self.env))
         return out
 
 
@@ -59,21 +63,15 @@ def describe(task, discount):
 def play_block(job):
     """A list of episodes; job as of collect.jobs_of"""
     env = Camera(suite.make(job[0], FRAME))
-    policies, noise = suite.policies_of(job[0], env)
-    _, level, transitions, shares, seed = job
-    rng = np.random.default_rng(seed)
-    episodes, count = [], 0
-    while count < transitions:
-        true = collect.play(env, policies, noise, level, shares, rng)
-        episodes.append(Episode(np.ones((len(true.obs), 1), np.float32), true.action, true.reward,
-                                true.terminated, np.stack(env.pictures)))
-        count += len(true.reward)
-    return episodes
+    true = collect.play_some(env, *suite.policies_of(job[0], env), job)
+    return [Episode(np.ones((len(pictures), 1), np.float32), episode.action, episode.reward,
+                    episode.terminated, np.stack(pictures))
+            for episode, pictures in zip(true, env.pictures, strict=True)]
 
 
 for name, row in suite.TABLE.items():
     limit = int(row.max_episode_steps) if row.max_episode_steps else None
     if row.domain == "metaworld":
-        limit = 500
+        limit = worlds.STEPS
     gymnasium.register(f"pixels/{name}", "behaviors.pixels:Blind", max_episode_steps=limit,
                        kwargs={"task": name})

@@ -16,7 +16,7 @@ from checkpoint import RunError
 from data import HISTORY, DataError, Sampler
 from eval import Play
 from learner import SHIFT, Learner, settings_for, shifted
-from model import Perceiver
+from model import Perceiver, Pixels
 from tests.conftest import meta, numbered, task_meta, tiny
 from tests.test_train import run
 
@@ -278,6 +278,31 @@ def test_a_play_shows_the_last_pictures_and_keeps_all_if_asked(tmp_path):
         assert histories == [[0, 0, 0], [0, 0, 1], [0, 1, 2], [1, 2, 3]]
         assert len(play.seen) == (4 if keep else HISTORY)
     assert play.episode().frames[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_an_environment_that_draws_in_another_size_costs_its_episode(tmp_path):
+    about = {**painted(tmp_path).meta, "name": "Painted-v0", "frame": [16, 16, 3]}
+    play = Play(0, 0, about, False, render=False)
+    play.start(0)
+    assert "a picture of shape (16, 24, 3), expected (16, 16, 3)" in play.failed
+
+
+@pytest.mark.parametrize("shape", [(16, 24), (4, 24, 3)])
+def test_pictures_that_no_model_takes_are_not_imported(tmp_path, capsys, shape):
+    (tmp_path / "npz").mkdir()
+    episode = {**vars(seen(0, 5)), "frames": np.zeros((6, *shape), np.uint8)}
+    np.savez(tmp_path / "npz/0.npz", **episode)
+    with pytest.raises(SystemExit):
+        prepare.main(["import", str(tmp_path / "npz"), str(tmp_path / "own"), "--env-id",
+                      "Painted-v0"])
+    assert "of 8 x 8 pixels at least" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("height, breadth", [(8, 8), (9, 15), (20, 33), (64, 64), (84, 100)])
+def test_a_token_for_each_place_whatever_the_size(height, breadth):
+    pixels = Pixels([height, breadth, 3], 8)
+    frames = torch.zeros(2, HISTORY, height, breadth, 3, dtype=torch.uint8)
+    assert pixels(frames).shape == (2, pixels.places, 8)
 
 
 def test_a_graph_of_pictures_is_refused(tmp_path, monkeypatch):
