@@ -3,6 +3,7 @@
     python -m studies.suite --tasks metaworld:10     the runs that are missing, then the table
     python -m studies.suite --table                  no runs: what results/suite.csv says
     python -m studies.suite --cost                   parameters, memory and speed by number of tasks
+    python -m studies.suite --weights DATA           which steps weights by returns weigh
 
 A group of tasks, such as metaworld:10, is one data set and one model. What stands behind `--` is
 for train.py. `prepare.py suite` makes the data that is not there.
@@ -18,8 +19,9 @@ import torch
 
 import prepare
 from behaviors import suite
-from data import FINAL_OBS, FLAG, Batch, DataError
-from learner import Learner, settings_for
+from data import FINAL_OBS, FLAG, RETURN, Batch, DataError
+from eval import iqm
+from learner import Learner, LossSettings, data_weights, settings_for
 from model import SIZES, config_for, count_parameters
 from studies import print_table
 from studies.ladder import OTHER_ACTS, Table, at_a_time, new_parser, train
@@ -67,19 +69,45 @@ def show(table):
     for domain in dict.fromkeys(row["domain"] for row in table.rows()):
         rows = [row for row in table.rows() if row["domain"] == domain]
         scores = {algo: by_task(rows, algo) for algo in SHOWN}
-        pac, lines = scores["pac"], []
+        lines = []
         for algo, found in scores.items():
             if not found:
                 continue
             successes = [success for _, success in found.values() if success is not None]
             success = f"{np.mean(successes):.0%}" if successes else ""
-            score = np.mean([score for score, _ in found.values()])
-            shared = [pac[task][0] - found[task][0] for task in found if task in pac]
-            above = sum(difference > 0 for difference in shared)
-            lines.append([algo, len(found), f"{score:.3f}", success, f"{above} of {len(shared)}",
-                          f"{signed_rank(shared):.2g}"])
+            means = [score for score, _ in found.values()]
+            lines.append([algo, len(found), f"{np.mean(means):.3f}", f"{iqm(means):.3f}", success,
+                          *above(found, scores["bc"]), *above(found, scores["rwr"])])
         print(f"\n{domain}\n")
-        print_table(["algo", "tasks", "mean score", "success", "PAC is above on", "p"], lines)
+        print_table(["algo", "tasks", "mean score", "IQM", "success", "above bc on", "p",
+                     "above rwr on", "p"], lines)
+
+
+def above(found, others):
+    """On how many of the tasks that both have one is above the other, and p"""
+    differences = [found[task][0] - others[task][0] for task in found if task in others]
+    count = sum(difference > 0 for difference in differences)
+    return f"{count} of {len(differences)}", f"{signed_rank(differences):.2g}"
+
+
+# ---------------------------------------------------------------- whom weights by returns weigh
+
+def print_weights(folder):
+    """Of each task of a data set, what share of the weights by returns each fifth of an episode's
+    steps gets."""
+    lines = []
+    for task in prepare.open_tasks(folder):
+        returns, fifths = [], []
+        for number in range(len(task.episodes)):
+            rows = task.episode_rows(number)[:-1]
+            returns.append(rows[:, RETURN])
+            fifths.append(5 * np.arange(len(rows)) // len(rows))
+        returns, fifths = np.concatenate(returns), np.concatenate(fifths)
+        w = data_weights(torch.tensor(returns), torch.zeros(len(returns), dtype=torch.long), 1,
+                         LossSettings.focus).numpy()
+        shares = [w[fifths == fifth].sum() / w.sum() for fifth in range(5)]
+        lines.append([task.name, *(f"{share:.0%}" for share in shares)])
+    print_table(["task", "first fifth", "second", "third", "fourth", "last"], lines)
 
 
 # ---------------------------------------------------------------- what the maps cost
@@ -151,7 +179,11 @@ def main():
     parser.add_argument("--cost", nargs="*", metavar="SIZE", choices=SIZES,
                         help="what the maps cost, by size")
     parser.add_argument("flags", nargs="*", help="of train.py, behind a --")
+    parser.add_argument("--weights", type=Path, metavar="DATA", help="of this data set")
     args = parser.parse_args()
+    if args.weights:
+        print_weights(args.weights)
+        return
     if args.cost is not None:
         print_cost(args.cost or ["small"])
         return

@@ -108,15 +108,14 @@ def show(rows):
         means = [f"{np.mean(some):.0%}" for some in (own, held_out, own_of_swapped, others)]
         lines.append([algo, len({row["seed"] for row in mine}), *means])
     print_table(head, lines)
-    for algo in dict.fromkeys(row["algo"] for row in rows):
-        print(f"\n{algo}: of the episodes with the puck\n")
-        lines = []
-        for row in rows:
-            if row["algo"] == algo and row["reach"] != "" and row["told"] != "held out":
-                shares = [f"{float(row[name]):.0%}" for name in COLUMNS[-4:]]
-                lines.append([row["task"], row["seed"], row["words"], *shares,
-                              f"{float(row['success']):.0%}"])
-        print_table(["the scene of", "seed", "told", *COLUMNS[-4:], "the scene's success"], lines)
+    print("\nwhat the episodes with the puck come to, over its scenes\n")
+    lines = []
+    with_puck = [row for row in rows if row["reach"] != "" and row["told"] != "held out"]
+    for algo, words in dict.fromkeys((row["algo"], row["words"]) for row in with_puck):
+        same = [row for row in with_puck if (row["algo"], row["words"]) == (algo, words)]
+        shares = [np.mean([float(row[name]) for row in same]) for name in COLUMNS[-4:]]
+        lines.append([algo, words, *(f"{share:.0%}" for share in shares)])
+    print_table(["algo", "told", *COLUMNS[-4:]], lines)
 
 
 def main():

@@ -9,11 +9,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from behaviors import TASKS
 from data import Sampler
+from kernels import graph
 from learner import Learner
 from model import SIZES
 from studies import scaling, scaling_fit
 from studies.scaling import Job, new_learner, open_part, operations, shape
 from studies.scaling_fit import budgets_of, mean_profile, numbers_of, optima, profiles_of
+from tests.test_launches import captured
 
 PAC = Job("pac", 0, "switching", "1", "w16", 0)
 
@@ -26,6 +28,24 @@ def shortened(monkeypatch):
     monkeypatch.setattr(scaling, "HALF", 6)
     monkeypatch.setattr(scaling, "HELD_OUT_STATES", 256)
     monkeypatch.setattr(scaling, "scores", lambda *_: {"return": 0.5, "return_std": 0.1})
+
+
+def test_graphs_make_the_same_updates(monkeypatch, small_data):
+    """As --device cuda has them; a CPU plays the GPU. The rate is one that a graph reads anew."""
+    monkeypatch.setattr(graph, "capture", captured)
+    monkeypatch.setattr(graph, "aside", lambda function: function())
+    part = scaling.open_part(small_data)
+    ends = []
+    for by_graph in (False, True):
+        learner = scaling.new_learner(PAC, part.metas)
+        learner.updates = scaling.WARMUP - 3  # across the warm-up's end
+        updates = graph.Graphs(learner) if by_graph else learner
+        sampler = scaling.sampler_for(learner, part)
+        for number in range(8):
+            candidates = sampler.sample(np.random.default_rng(number))
+            updates.update_from(candidates, torch.Generator().manual_seed(number))
+        ends.append(torch.cat([weight.flatten() for weight in learner.weights]))
+    assert torch.equal(*ends)
 
 
 def test_tiny_and_small_are_sizes_of_the_family():

@@ -19,11 +19,12 @@ import envs
 import prepare
 from behaviors import LEVELS, ars, controllers, search, suite, td3
 from behaviors.measure import rollout
-from data import DataError, Task
+from data import DataError, Episode, Task, append
 from learner import Learner, settings_for
 from studies.ladder import Table
-from studies.suite import COLUMNS, KEY, metas_of, random_batch, show, signed_rank
-from tests.conftest import tiny
+from studies.suite import (COLUMNS, KEY, metas_of, print_weights, random_batch, show,
+                           signed_rank)
+from tests.conftest import task_meta, tiny
 
 ROOT = Path(__file__).parent.parent
 MEASURED = {row["task"] for row in suite.read("suite_levels.csv")}
@@ -307,7 +308,7 @@ def test_an_unknown_task_is_one_line(module, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_the_study_counts_the_tasks_where_pac_is_above(tmp_path, capsys):
+def test_the_study_counts_the_tasks_where_one_is_above_another(tmp_path, capsys):
     table = Table("suite", COLUMNS, KEY, tmp_path)
     for algo, scores in ("bc", [0.1, 0.2, 0.9]), ("pac", [0.3, 0.4, 0.5]):
         for task, score in zip("abc", scores):
@@ -316,8 +317,18 @@ def test_the_study_counts_the_tasks_where_pac_is_above(tmp_path, capsys):
                            "episodes": 1, "score": score, "success": success}])
     show(table)
     said = capsys.readouterr().out
-    assert "| bc | 3 | 0.400 | 50% | 2 of 3 |" in said
-    assert "| pac | 3 | 0.400 | 0% | 0 of 3 | 1 |" in said
+    assert "| bc | 3 | 0.400 | 0.400 | 50% | 0 of 3 | 1 | 0 of 0 | 1 |" in said
+    assert "| pac | 3 | 0.400 | 0.400 | 0% | 2 of 3 |" in said
+
+
+def test_what_weights_by_returns_weigh(tmp_path, capsys):
+    """Returns of 0 but at an episode's last steps: these have all of the weight."""
+    reward = np.zeros(10, np.float32)
+    reward[-1] = 1
+    episode = Episode(np.zeros((11, 2)), np.zeros((10, 1)), reward, True)
+    append(tmp_path / "a", [episode] * 3, {**task_meta(), "discount": 0.5})
+    print_weights(tmp_path)
+    assert capsys.readouterr().out.splitlines()[-1] == "| a | 0% | 0% | 0% | 0% | 100% |"
 
 
 def test_a_model_of_many_tasks_is_updated():

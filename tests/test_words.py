@@ -155,6 +155,23 @@ def test_what_an_episode_came_to(hand, puck, expected):
     assert words.did(episode(hand, puck)) == expected
 
 
+def test_the_tables_average_over_tasks_and_scenes(capsys):
+    def row(task, told, words, success, push=""):
+        done = {"reach": "", "push": "", "lift": "", "none": ""}
+        if push != "":
+            done = {"reach": 0, "push": push, "lift": 0, "none": 1 - push}
+        return {"algo": "pac", "seed": 0, "task": task, "told": told, "words": words,
+                "success": success, **done}
+
+    words.show([row("push", "own", "push it", 1.0, 0.8), row("push", "held out", "shove", 0.5, 1),
+                row("push", "reach", "go there", 0.1, 0.2), row("reach", "own", "go there", 0.6, 0),
+                row("reach", "push", "push it", 0.3, 0.4), row("door", "own", "open it", 0.2)])
+    said = capsys.readouterr().out
+    assert "| pac | 1 | 60% | 50% | 80% | 20% |" in said
+    assert "| pac | push it | 0% | 60% | 0% | 40% |" in said
+    assert "| pac | go there | 0% | 10% | 0% | 90% |" in said and "shove" not in said
+
+
 def test_tasks_are_told_their_own_held_out_and_anothers_words():
     told = list(words.tellings("metaworld-push"))
     assert [name for name, _ in told] == ["own", "held out", "held out", "reach", "pick-place"]
