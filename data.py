@@ -45,6 +45,7 @@ TERMINATED, TRUNCATED, FINAL_OBS = 1, 2, 4  # a row's flag; 0 is an ordinary ste
 EPISODE = np.dtype([("start", "<i8"), ("length", "<i8"), ("return", "<f8"), ("checksum", "<i8")])
 AT_ONCE_BYTES = 3 << 20  # batches smaller than this are made several at once
 LARGEST = 1e18  # the square of a larger number overflows in float32
+EPISODES_READ = 1000  # of a source, to know what returns are usual
 HISTORY = 3  # pictures that are seen at a time: of a step, and of those before it
 
 
@@ -77,6 +78,7 @@ class Batch:
     obs_dim: int  # O
     task: torch.Tensor  # (B,) int64, an index into the list of tasks
     alpha: torch.Tensor = None  # (B,) the weight of cloning, if the data's sources have their own
+    merit: torch.Tensor = None  # (B,) how good its return is, see usual_returns, if asked for
     worth: torch.Tensor = None  # (B,) the weight in the policy's terms, if rows were chosen
     # Where the tasks have pictures: which are seen at a window's first state and at its last,
     # (B, 2, HISTORY, 2), and how they are read. They are read late, when rows have been chosen.
@@ -458,6 +460,35 @@ def best_episodes(episodes, share):
     return episodes[np.sort(best_first[:keep])]
 
 
+def usual_returns(tasks, by_step):
+    """Of each step of an episode the return to go that is usual there: its mean, and the mean
+    distance from it. (longest episode, 2)
+
+    Neighbouring steps count as one until they hold a hundredth of the transitions; without by_step
+    all steps count as one. Of each of `tasks`, sources of one task, EPISODES_READ episodes are read
+    at most.
+    """
+    steps, returns = [], []
+    for task in tasks:
+        numbers = np.linspace(0, len(task.episodes) - 1, EPISODES_READ).round().astype(int)
+        for number in np.unique(numbers):
+            returns.append(task.episode_rows(number)[:-1, RETURN])
+            steps.append(np.arange(len(returns[-1])))
+    steps, returns = np.concatenate(steps), np.concatenate(returns).astype(np.float64)
+    counts = np.bincount(steps, minlength=max(task.episodes["length"].max() for task in tasks))
+    part = 100 * (counts.cumsum() - counts) // len(steps)  # of each step
+    part = np.minimum(part, 99 if by_step else 0)
+
+    def mean(values):
+        sizes = np.bincount(part[steps], minlength=100)
+        return (np.bincount(part[steps], values, 100) / np.maximum(sizes, 1))[part]
+
+    usual = mean(returns)
+    distance = mean(np.abs(returns - usual[steps]))
+    least = 0.01 * np.abs(returns - returns.mean()).mean() + 1e-8  # where all returns are alike
+    return np.stack([usual, np.maximum(distance, least)], axis=1)
+
+
 class Pictures:
     """The pictures of several sources' rows, read where they lie on the disk."""
 
@@ -485,10 +516,11 @@ class Sampler:
     Each of `tasks` is drawn from in proportion to its entry of `weights` (default: equally), and
     within it every transition of every chosen episode is equally likely. Those of one name, from
     several sources, are one task. `top`: only this share of each task's episodes, the best ones.
-    `alphas`: the weight of cloning for each of `tasks`.
+    `alphas`: the weight of cloning for each of `tasks`. `merit`: by what a return is measured,
+    "step", what is usual at that step of an episode, or "return", what is usual in the task.
     """
 
-    def __init__(self, tasks, batch_size, steps=1, top=1.0, weights=None, alphas=None,
+    def __init__(self, tasks, batch_size, steps=1, top=1.0, weights=None, alphas=None, merit=None,
                  device="cpu"):
         self.batch_size, self.steps, self.device = batch_size, steps, torch.device(device)
         self.obs_dim = max(task.meta["obs_dim"] for task in tasks)
@@ -521,6 +553,13 @@ class Sampler:
         self.ends = np.cumsum(chance)
         self.ends[self.ends == self.ends[-1]] = 1 + 1e-15
         self.density = (length - 1e-6) / np.maximum(chance, 1e-100)
+        if merit:  # a table, and where it begins for each source
+            of_name = {name: usual_returns([task for task in tasks if task.name == name],
+                                           merit == "step") for name in names}
+            self.usual = np.concatenate(list(of_name.values()))
+            begins = dict(zip(names, np.cumsum([0, *map(len, of_name.values())])))
+            self.usual_from = np.array([begins[task.name] for task in tasks])
+        self.has_merit = bool(merit)
 
     def draw(self, rngs, rank=0, ranks=1):
         """The windows of a batch for each of `rngs`, one batch after the other, each (len(rngs) *
@@ -573,6 +612,10 @@ class Sampler:
         made = {"rows": rows, "task": tasks}
         if self.has_alphas:
             made["alpha"] = alphas
+        if self.has_merit:
+            step = begin - self.first.take(episode)
+            usual, distance = self.usual[self.usual_from.take(source) + step].T
+            made["merit"] = ((rows[:, 0, RETURN] - usual) / distance).astype(np.float32)
         if self.pictures:
             made["place"] = self.places(source, self.first.take(episode), index)
         batches = [{} for _ in rngs]

@@ -39,7 +39,7 @@ class LossSettings:
     act: str = "improved"  # how the policy acts when it is evaluated, see ACTS in eval.py
     eta: float = 2.0  # divides Q, or the advantage, in units of its spread; also where pi_imp acts
     focus: float = 5.0  # the policy learns as from data drawn by exp(focus * merit); 0: all alike
-    merit: str = "return"  # a transition's: its return; or its advantage, which is that less V(s)
+    merit: str = "step"  # its return, beside what is usual at that step; "return": in that task
     samples: int = 8  # N, actions drawn from the target policy at a state
     n_step: int = 3  # rewards summed before the bootstrap
     warmup: float = 0.5  # share of the updates that clone, and fit the critic to observed returns
@@ -54,12 +54,10 @@ ALGORITHMS = {
     "bc": CLONING,
     "filtered_bc": dict(CLONING, top=0.1),
     "rwr": dict(CLONING, focus=5.0),
-    "awr": dict(CLONING, focus=5.0, merit="advantage"),
     "bc_q": dict(alpha=1.0, focus=0.0, act="mean"),
     "one_step": dict(warmup=1.0),
     "pac_paper": dict(focus=0.0, alpha=0.5),
     "pacv": dict(critic="v", alpha=0.2, eta=1.0, act="mean"),
-    "pac_awr": dict(merit="advantage"),
     "pac": dict(),
 }
 RENAMED = {"fc": "filtered_bc", "bcq": "bc_q"}  # bcq is Batch-Constrained Q-learning to this field
@@ -124,9 +122,8 @@ def data_weights(merit, task, num_tasks, focus):
     merit is measured from its task's mean, in its mean absolute deviation, and clipped at two of
     them: a few outliers (falls) would rule raw weights, and what is good enough shall count alike.
     With the return for merit it is reward-weighted regression (Peters and Schaal 2007), which Hong
-    et al. 2023 (arXiv 2306.13085) advise for mixed data of which the good part is small. With the
-    return less V(s) it is advantage-weighted regression (Peng et al. 2019, arXiv 1910.00177); with
-    the one-step advantage it is L^V.
+    et al. 2023 (arXiv 2306.13085) advise for mixed data of which the good part is small; with the
+    one-step advantage it is L^V.
     """
     deviation = merit - mean_per_task(merit, task, num_tasks)
     scaled = deviation / (mean_per_task(deviation.abs(), task, num_tasks) + 1e-8)
@@ -201,7 +198,7 @@ class Learner:
         self.target_model = copy.deepcopy(self.model).requires_grad_(False)
         self.forward = self.loss  # several ranks put DDP or FSDP around it
         self.make_optimizer()
-        self.pool = POOL if settings.focus else 1
+        self.pool, self.merit = (POOL, settings.merit) if settings.focus else (1, None)
         self.warmup_updates = round(settings.warmup * total_updates)
         self.num_tasks = len(metas)
         low, range_ = value_range(metas)
@@ -291,17 +288,9 @@ class Learner:
 
         # L^Q, the paper's equation; the algorithms differ in its terms and weights.
         loss = (worth * ((1 - alpha) * improve + alpha * clone) + s.beta * td).mean()
-        if s.merit == "advantage":
-            loss = loss + self.baseline_loss(latents, observed)
         if self.with_metrics:
             metrics |= {"policy/clone_loss": clone.mean(), "policy/entropy": policy.entropy()}
         return loss, {**metrics, "loss": loss}
-
-    def baseline_loss(self, latents, observed):
-        """Of V, which learns the observed returns (B,)."""
-        logits, nothing = self.model.v(latents), torch.zeros_like(observed)
-        return bellman_cross_entropy(logits, torch.zeros_like(logits), nothing, nothing, observed,
-                                     1.0).mean()
 
     def critic_metrics(self, td, logits, observed):
         value = self.model.expectation(logits)
@@ -399,10 +388,7 @@ class Learner:
             candidates = candidates.map(parallel.of_all_ranks)
             torch.distributed.broadcast(place, 0)
         task = candidates.task
-        merit = self.scale(candidates.return_to_go[:, 0], task)
-        if self.settings.merit == "advantage":
-            merit = merit - self.usual(candidates)
-        worth = data_weights(merit, task, self.num_tasks, self.settings.focus)  # (pool * B,)
+        worth = data_weights(candidates.merit, task, self.num_tasks, self.settings.focus)  # (pool * B,)
         odds = (1 + worth) / 2
         candidates.worth = worth / odds
         # Systematic sampling, at equal distances along the summed odds: each task keeps its share.
@@ -410,17 +396,6 @@ class Learner:
         places = (torch.arange(B, device=self.device) + place)[parallel.RANK::parallel.RANKS] / B
         rows = torch.searchsorted(sums, places * sums[-1])
         return candidates.take(rows.clamp(max=len(task) - 1))
-
-    @torch.no_grad()
-    def usual(self, batch):
-        """V(s) (B,), what the data's behaviours get from a state on.
-
-        A return ranks states before it ranks actions. Meta-World's is high once a task is done, and
-        weights by it left the first fifth of an episode 2 to 6% of their sum, on most tasks.
-        """
-        frames, target = self.see(batch).frames, self.target_model
-        frames = None if frames is None else frames[:, 0]
-        return target.expectation(target.v(target.encode(batch.obs[:, 0], batch.task, frames)))
 
     def see(self, batch, generator=None):
         """The Batch with its pictures, if its tasks have any; all of a row's are shifted by chance

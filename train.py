@@ -165,7 +165,7 @@ def parse_args(argv=None):
     choices = {"size": names_of("model.py", "SIZES"), "algo": names_of("learner.py", "ALGORITHMS"),
                "log": names_of("checkpoint.py", "LOGGERS"), "act": names_of("eval.py", "ACTS"),
                "device": ("cpu", "cuda"), "critic": ("q", "v"),
-               "merit": ("return", "advantage")}
+               "merit": ("step", "return")}
     add_flags(parser.add_argument_group("the run"), fields_of("train.py", "TrainConfig"), choices)
     more = parser.add_argument_group("instead of a new run")
     more.add_argument("--resume", metavar="RUN", default=None, help="go on with this run")
@@ -228,9 +228,8 @@ def check(config, settings):
     if settings.beta == 0 and settings.alpha < 1:
         raise RunError(f"--beta 0 --alpha {settings.alpha:g}: without a critic there is nothing to "
                        "improve by; --alpha 1 clones alone")
-    if settings.merit == "advantage" and (settings.critic == "v" or not settings.focus):
-        raise RunError("--merit advantage is what --focus weighs by: not with --focus 0, nor with "
-                       "--critic v, which has an advantage of its own")
+    if settings.merit != LossSettings.merit and not settings.focus:
+        raise RunError(f"--merit {settings.merit} says what --focus weighs by, and the focus is 0")
     if settings.act in ("improved", "best") and (settings.beta == 0 or settings.critic == "v"):
         raise RunError(f"--act {settings.act} needs a critic Q, and these settings train none")
     for name in ("weights", "alphas"):
@@ -357,7 +356,8 @@ def make_batches(config, settings, sources, learner):
     """A sampler, and a generator of the batches that are still to come."""
     device = f"cuda:{parallel.LOCAL_RANK}" if config.device == "cuda" else config.device
     sampler = data.Sampler(**sources, batch_size=config.batch_size * learner.pool,
-                           steps=settings.n_step, top=settings.top, device=device)
+                           steps=settings.n_step, top=settings.top, device=device,
+                           merit=learner.merit)
     to_come = range(learner.updates, config.steps)
     rngs = (random_streams(config.seed, step, "cpu")[0] for step in to_come)
     batches = sampler.batches(rngs, parallel.RANK, parallel.RANKS)

@@ -185,7 +185,10 @@ def train(table, job, data, flags, other_act=None):
     """One run of train.py to its end, and its rows in the table. job: group, algorithm, seed"""
     group, algo, seed = job
     run = table.runs / f"{group}-{algo}-{seed}"
-    flags = ["--algo", algo, "--seed", seed, "--data", data, "--episodes", EPISODES, *flags]
+    if algo in BY_RETURN:
+        flags = ["--merit", "return", *flags]
+    flags = ["--algo", algo.removesuffix("_return"), "--seed", seed, "--data", data,
+             "--episodes", EPISODES, *flags]
     summary = result_of(run / "eval.json", ["train.py", *start_or_resume(run, flags)])
     rows = rows_of(summary, table, job)
     if other_act:
@@ -218,13 +221,13 @@ def add_choices(parser, name, groups, algos):
 
 # ---------------------------------------------------------------- study 1
 
-ALGOS = ("bc", "filtered_bc", "rwr", "bc_q", "one_step", "pac_paper", "pacv", "pac", "awr",
-         "pac_awr")
+BY_RETURN = ("rwr_return", "one_step_return", "pacv_return", "pac_return")  # --merit return
+ALGOS = ("bc", "filtered_bc", "rwr", "bc_q", "one_step", "pac_paper", "pacv", "pac", *BY_RETURN)
 # Played too: is it the critic, or the policy?
 OTHER_ACTS = {"bc_q": "improved"}
 # First those that take all of the data alike, then those that choose or weigh it.
-SHOWN = ("bc", "bc_q-improved", "pac_paper", "filtered_bc", "rwr", "one_step", "pacv", "pac", "awr",
-         "pac_awr")
+SHOWN = ("bc", "bc_q-improved", "pac_paper", "filtered_bc", "rwr", "one_step", "pacv", "pac",
+         *BY_RETURN)
 # The parts of the default data; and tasks that no choice of the recipe has seen, with data that is
 # made as `switching` is. One of them has a sparse reward.
 DATA = {part: Path("datasets", part) for part in PARTS}

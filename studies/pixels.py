@@ -16,7 +16,7 @@ from studies.ladder import Table, add_choices, at_a_time, new_parser, print_scor
 
 TASKS = ("Reacher-v5", "InvertedDoublePendulum-v5", "metaworld-window-close",
          "metaworld-button-press-topdown")
-ALGOS = ("bc", "rwr", "one_step", "pac_paper", "pac")
+ALGOS = ("bc", "rwr", "one_step", "pac_paper", "pac", "pac_return")
 SHARES = dict(random=0.2, weak=0.3, medium=0.25, expert=0.25)
 TRANSITIONS, UPDATES, EPISODES = 10_000, 3_000, 10
 COLUMNS = ("part", "algo", "seed", "task", "episodes", "score", "success")

@@ -300,7 +300,7 @@ def train(job, run, folder, device="cpu", last=None, episodes=EPISODES):
 
 def sampler_for(learner, part):
     return data.Sampler(**part.training, batch_size=BATCH * learner.pool,
-                        steps=learner.settings.n_step)
+                        steps=learner.settings.n_step, merit=learner.merit)
 
 
 def rounded(row):

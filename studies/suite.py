@@ -26,8 +26,9 @@ from model import SIZES, config_for, count_parameters
 from studies import print_table
 from studies.ladder import OTHER_ACTS, Table, at_a_time, new_parser, train
 
-ALGOS = ("bc", "filtered_bc", "rwr", "awr", "bc_q", "one_step", "pac_paper", "pac", "pac_awr")
-SHOWN = (*ALGOS[:5], "bc_q-improved", *ALGOS[5:])
+ALGOS = ("bc", "filtered_bc", "rwr", "bc_q", "one_step", "pac_paper", "pac",
+         "rwr_return", "pac_return")
+SHOWN = (*ALGOS[:4], "bc_q-improved", *ALGOS[4:])
 COLUMNS = ("domain", "task", "algo", "seed", "episodes", "score", "success")
 KEY = ("domain", "algo", "seed")  # "domain" is a group of tasks, such as metaworld:10
 EPISODES = 10
@@ -130,7 +131,8 @@ def random_batch(metas, size):
     rows = torch.rand(size, 4, width)
     rows[:, :, FLAG] = 0
     rows[:, -1, FLAG] = FINAL_OBS
-    return Batch(rows, obs_dim, torch.arange(size) * len(metas) // size)
+    task = torch.arange(size) * len(metas) // size
+    return Batch(rows, obs_dim, task, merit=torch.rand(size))
 
 
 def cost(texts, size, shares, algo="pac"):

@@ -30,7 +30,9 @@ GROUP = "metaworld:10"
 ALGOS = {  # flags of train.py
     "bc": ["--algo", "bc"], "rwr": ["--algo", "rwr"], "pac": ["--algo", "pac"],
     "pac, focus 0": ["--algo", "pac", "--focus", "0"],
-    "pac, own maps": ["--algo", "pac", "--no-embodiments"]}
+    "rwr_return": ["--algo", "rwr", "--merit", "return"],
+    "pac_return": ["--algo", "pac", "--merit", "return"],
+    "pac_return, own maps": ["--algo", "pac", "--merit", "return", "--no-embodiments"]}
 EPISODES = 10
 COLUMNS = ("algo", "seed", "task", "told", "words", "episodes", "success", "reach", "push", "lift",
            "none")

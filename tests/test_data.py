@@ -195,6 +195,73 @@ def test_top_keeps_the_best_episodes(tmp_path):
     assert set(batch.obs[:, 0, 0].tolist()) == {1.0, 3.0}
 
 
+# ---------------------------------------------------------------- merit
+
+def write_paces(folder, paces, length=20):
+    """A task whose episodes have one reward all along, each its own."""
+    episodes = []
+    for number, pace in enumerate(paces):
+        episode = numbered(number, length, terminated=True)
+        episode.reward[:] = pace
+        episodes.append(episode)
+    data.append(folder, episodes, task_meta())
+    return data.Task(folder)
+
+
+def merits(batch):
+    """{an episode's number: the merits of its steps}"""
+    found = {}
+    for number, merit in zip(batch.obs[:, 0, 0].tolist(), batch.merit.tolist()):
+        found.setdefault(number, []).append(merit)
+    return found
+
+
+def test_merit_by_step_is_the_return_beside_those_at_the_same_step(tmp_path):
+    """Returns at a step are as 1 to 2 to 3 at every step: their mean is 2, their distance 2/3."""
+    task = write_paces(tmp_path / "a", [1, 2, 3])
+    found = merits(data.Sampler([task], 600, merit="step").sample(rng()))
+    for number, expected in enumerate([-1.5, 0, 1.5]):
+        assert found[number] == pytest.approx([expected] * 200, abs=1e-4)
+
+
+def test_merit_by_return_is_the_return_beside_the_tasks(tmp_path):
+    task = write_paces(tmp_path / "a", [1, 2, 3])
+    batch = data.Sampler([task], 600, merit="return").sample(rng())
+    returns = batch.return_to_go[:, 0]
+    off = returns - returns.mean()
+    np.testing.assert_allclose(batch.merit, off / off.abs().mean(), atol=1e-4)
+    found = merits(batch)
+    assert max(found[2]) > 1.5 > min(found[2])  # near its end also the best has little to come
+
+
+def test_merit_is_of_all_sources_of_a_task_and_of_no_other(tmp_path):
+    for folder, paces in (("x", [1]), ("y", [2, 3]), ("z", [100, 300])):
+        write_paces(tmp_path / folder / "a", paces)
+    one, two, other = (data.Task(tmp_path / folder / "a") for folder in "xyz")
+    other.name = "b"
+    batch = data.Sampler([one, other, two], 900, merit="step").sample(rng())
+    for task, best in ((0, 1.5), (1, 1.0)):
+        assert batch.merit[batch.task == task].max().item() == pytest.approx(best, abs=1e-4)
+        assert batch.merit[batch.task == task].min().item() == pytest.approx(-best, abs=1e-4)
+
+
+def test_steps_that_few_episodes_reach_are_measured_together(tmp_path):
+    """Of 400 episodes one goes on for 40 steps: each of these alone would be its own measure."""
+    task = write_task(tmp_path / "a", [10] * 400 + [40])
+    usual = data.usual_returns([task], by_step=True)
+    assert usual.shape == (40, 2) and np.isfinite(usual).all() and (usual > 0).all()
+    assert len(np.unique(usual[10:, 0])) == 1
+    batch = data.Sampler([task], 5000, merit="step").sample(rng())
+    assert batch.merit[batch.obs[:, 0, 1] >= 10].abs().max() > 1
+
+
+def test_where_all_returns_are_alike_none_has_merit(tmp_path):
+    task = write_paces(tmp_path / "a", [0.1] * 7, length=3)
+    batch = data.Sampler([task], 64, merit="step").sample(rng())
+    assert batch.merit.abs().max() < 0.01
+    assert data.Sampler([task], 64).sample(rng()).merit is None
+
+
 def test_tasks_are_padded_and_actions_scaled(tmp_path):
     narrow = write_task(tmp_path / "a", [5], obs_dim=2)
     wide = write_task(tmp_path / "b", [5], obs_dim=4, action_dim=3)

@@ -47,7 +47,7 @@ def states(*obs):
 # ---------------------------------------------------------------- settings
 
 def test_unknown_algorithm_lists_the_known():
-    known = "bc, filtered_bc, rwr, awr, bc_q, one_step, pac_paper, pacv, pac_awr, pac"
+    known = "bc, filtered_bc, rwr, bc_q, one_step, pac_paper, pacv, pac"
     with pytest.raises(ValueError, match=f"unknown algorithm 'dqn'; there are: {known}"):
         settings_for("dqn")
 
@@ -197,37 +197,6 @@ def test_the_chosen_rows_and_their_weights_stand_for_the_data_by_worth():
         mean, expected = (chosen.worth[here] * kept).mean(), weighted[task == t].mean()
         assert mean.item() == pytest.approx(expected.item(), rel=0.03)
         assert kept.mean() > 0.6  # half of the rows are of the better kind already
-
-
-def test_weights_by_advantage_are_of_what_is_better_than_usual_at_a_state():
-    """Of two states, one worth 0 and one worth 1, the better actions of either count alike."""
-    count = 4096
-    state, better = torch.randint(2, (2, 8 * count), generator=seeded())
-    observed = (0.8 * state + 0.1 * better).tolist()
-    candidates = batch(state.tolist(), better.tolist(), observed)
-    shares = {}
-    for merit in ("return", "advantage"):
-        learner = make([meta()], "pac", focus=2.0, merit=merit)
-        learner.usual = lambda batch: learner.scale(0.8 * batch.obs[:, 0, 0] + 0.05, batch.task)
-        chosen = learner.choose(candidates, seeded())
-        total = chosen.worth.sum()
-        for name, values in (("state", chosen.obs[:, 0, 0]), ("better", chosen.action[:, 0, 0])):
-            shares[merit, name] = (chosen.worth[values == 1].sum() / total).item()
-    assert shares["advantage", "state"] == pytest.approx(0.5, abs=0.03)
-    assert shares["advantage", "better"] == pytest.approx(math.exp(4) / (1 + math.exp(4)), abs=0.03)
-    assert shares["return", "state"] > 0.9 and shares["return", "better"] < 0.7
-
-
-@pytest.mark.parametrize("algo", ["awr", "pac_awr"])
-def test_v_learns_what_is_usual_at_a_state(algo):
-    learner = make([meta()], algo, learning_rate=1e-2, target_rate=1.0)
-    state = torch.arange(64) % 2
-    made = batch(state.tolist(), [0.0] * 64, (0.2 + 0.6 * state).tolist())
-    for number in range(150):
-        learner.update(made, seeded())
-    usual = learner.usual(made)
-    expected = learner.scale(0.2 + 0.6 * state, made.task)
-    assert (usual - expected).abs().max() < 0.05
 
 
 def test_without_focus_a_batch_is_left_as_it_is():
