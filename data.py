@@ -45,7 +45,9 @@ TERMINATED, TRUNCATED, FINAL_OBS = 1, 2, 4  # a row's flag; 0 is an ordinary ste
 EPISODE = np.dtype([("start", "<i8"), ("length", "<i8"), ("return", "<f8"), ("checksum", "<i8")])
 AT_ONCE_BYTES = 3 << 20  # batches smaller than this are made several at once
 LARGEST = 1e18  # the square of a larger number overflows in float32
-EPISODES_READ = 1000  # of a source, to know what returns are usual
+# A return's merit: into how many parts an episode's steps are cut, each with a usual return.
+MERITS = {"step": 100, "return": 1}
+EPISODES_READ = 1000  # of a source, to know what is usual
 HISTORY = 3  # pictures that are seen at a time: of a step, and of those before it
 
 
@@ -460,13 +462,12 @@ def best_episodes(episodes, share):
     return episodes[np.sort(best_first[:keep])]
 
 
-def usual_returns(tasks, by_step):
+def usual_returns(tasks, parts):
     """Of each step of an episode the return to go that is usual there: its mean, and the mean
     distance from it. (longest episode, 2)
 
-    Neighbouring steps count as one until they hold a hundredth of the transitions; without by_step
-    all steps count as one. Of each of `tasks`, sources of one task, EPISODES_READ episodes are read
-    at most.
+    Neighbouring steps count as one until they hold their part of all transitions. Of each of
+    `tasks`, sources of one task, EPISODES_READ episodes are read at most.
     """
     steps, returns = [], []
     for task in tasks:
@@ -476,12 +477,11 @@ def usual_returns(tasks, by_step):
             steps.append(np.arange(len(returns[-1])))
     steps, returns = np.concatenate(steps), np.concatenate(returns).astype(np.float64)
     counts = np.bincount(steps, minlength=max(task.episodes["length"].max() for task in tasks))
-    part = 100 * (counts.cumsum() - counts) // len(steps)  # of each step
-    part = np.minimum(part, 99 if by_step else 0)
+    part = np.minimum(parts * (counts.cumsum() - counts) // len(steps), parts - 1)  # of each step
 
     def mean(values):
-        sizes = np.bincount(part[steps], minlength=100)
-        return (np.bincount(part[steps], values, 100) / np.maximum(sizes, 1))[part]
+        sizes = np.bincount(part[steps], minlength=parts)
+        return (np.bincount(part[steps], values, parts) / np.maximum(sizes, 1))[part]
 
     usual = mean(returns)
     distance = mean(np.abs(returns - usual[steps]))
@@ -516,8 +516,8 @@ class Sampler:
     Each of `tasks` is drawn from in proportion to its entry of `weights` (default: equally), and
     within it every transition of every chosen episode is equally likely. Those of one name, from
     several sources, are one task. `top`: only this share of each task's episodes, the best ones.
-    `alphas`: the weight of cloning for each of `tasks`. `merit`: by what a return is measured,
-    "step", what is usual at that step of an episode, or "return", what is usual in the task.
+    `alphas`: the weight of cloning for each of `tasks`. `merit`: beside what a return is measured,
+    one of MERITS: those at the same step of an episode, or all of its task.
     """
 
     def __init__(self, tasks, batch_size, steps=1, top=1.0, weights=None, alphas=None, merit=None,
@@ -555,7 +555,7 @@ class Sampler:
         self.density = (length - 1e-6) / np.maximum(chance, 1e-100)
         if merit:  # a table, and where it begins for each source
             of_name = {name: usual_returns([task for task in tasks if task.name == name],
-                                           merit == "step") for name in names}
+                                           MERITS[merit]) for name in names}
             self.usual = np.concatenate(list(of_name.values()))
             begins = dict(zip(names, np.cumsum([0, *map(len, of_name.values())])))
             self.usual_from = np.array([begins[task.name] for task in tasks])

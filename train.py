@@ -165,7 +165,7 @@ def parse_args(argv=None):
     choices = {"size": names_of("model.py", "SIZES"), "algo": names_of("learner.py", "ALGORITHMS"),
                "log": names_of("checkpoint.py", "LOGGERS"), "act": names_of("eval.py", "ACTS"),
                "device": ("cpu", "cuda"), "critic": ("q", "v"),
-               "merit": ("step", "return")}
+               "merit": names_of("data.py", "MERITS")}
     add_flags(parser.add_argument_group("the run"), fields_of("train.py", "TrainConfig"), choices)
     more = parser.add_argument_group("instead of a new run")
     more.add_argument("--resume", metavar="RUN", default=None, help="go on with this run")
@@ -228,6 +228,8 @@ def check(config, settings):
     if settings.beta == 0 and settings.alpha < 1:
         raise RunError(f"--beta 0 --alpha {settings.alpha:g}: without a critic there is nothing to "
                        "improve by; --alpha 1 clones alone")
+    if settings.merit not in data.MERITS:
+        raise RunError(f"the merit {settings.merit!r} is not known; there are: {', '.join(data.MERITS)}")
     if settings.merit != LossSettings.merit and not settings.focus:
         raise RunError(f"--merit {settings.merit} says what --focus weighs by, and the focus is 0")
     if settings.act in ("improved", "best") and (settings.beta == 0 or settings.critic == "v"):

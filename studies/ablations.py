@@ -181,6 +181,7 @@ def main():
     if not args.table:
         jobs = [(RECIPE, args.part, name, seed) for seed in args.seeds for name in args.only]
         at_a_time(args.workers, work, table.missing(jobs))
+    table.need_rows()
     print_runs(table)
 
 

@@ -66,6 +66,11 @@ class Table:
                 row[column] = kind(row[column])
         return rows
 
+    def need_rows(self):
+        """End the command where there is nothing to show."""
+        if not self.rows():
+            sys.exit(f"{self.path} has no row yet: run this without --table")
+
     def append(self, rows):
         """Add rows, without what is not among the columns."""
         with FILE_LOCK:
@@ -261,6 +266,7 @@ def main():
             prepare.build(DATA[part].parent, [DATA[part].name], tasks_of(part))
         at_a_time(args.workers, work, jobs)
 
+    table.need_rows()
     panels = {}
     for part in DATA:
         methods = table.methods("algo", SHOWN, tasks_of(part), part=part)

@@ -128,6 +128,7 @@ def main():
                 table.append([row])
                 print(time.strftime("%H:%M"), *row.values(), flush=True)
 
+    table.need_rows()
     methods = table.methods("method", METHODS)
     methods |= study1().methods("algo", ("pac_before",), part="switching")
     print_scores(methods)

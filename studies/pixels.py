@@ -43,6 +43,7 @@ def main():
                   for seed in args.seeds for part in args.part for algo in args.algo]
         prepare.build(data, args.part, TASKS, args.transitions, SHARES, source=pixels)
         at_a_time(args.workers, work, table.missing(wanted))
+    table.need_rows()
     for part in args.part:
         print(f"\n{part}: mean ± standard deviation over seeds\n")
         print_scores(table.methods("algo", ALGOS, TASKS, part=part), TASKS)

@@ -60,6 +60,7 @@ def main():
             build(share)
         at_a_time(args.workers, work, jobs)
 
+    table.need_rows()
     lines = {algo: {} for algo in ALGOS}
     for share in DATA:
         methods = table.methods("algo", ALGOS, expert_share=share)

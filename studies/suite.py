@@ -19,7 +19,7 @@ import torch
 
 import prepare
 from behaviors import suite
-from data import FINAL_OBS, FLAG, RETURN, Batch, DataError
+from data import FINAL_OBS, FLAG, MERITS, RETURN, Batch, DataError, usual_returns
 from eval import iqm
 from learner import Learner, LossSettings, data_weights, settings_for
 from model import SIZES, config_for, count_parameters
@@ -95,20 +95,21 @@ def above(found, others):
 
 def print_weights(folder):
     """Of each task of a data set, what share of the weights by returns each fifth of an episode's
-    steps gets."""
+    steps gets, by either merit."""
     lines = []
     for task in prepare.open_tasks(folder):
-        returns, fifths = [], []
-        for number in range(len(task.episodes)):
-            rows = task.episode_rows(number)[:-1]
-            returns.append(rows[:, RETURN])
-            fifths.append(5 * np.arange(len(rows)) // len(rows))
-        returns, fifths = np.concatenate(returns), np.concatenate(fifths)
-        w = data_weights(torch.tensor(returns), torch.zeros(len(returns), dtype=torch.long), 1,
-                         LossSettings.focus).numpy()
-        shares = [w[fifths == fifth].sum() / w.sum() for fifth in range(5)]
-        lines.append([task.name, *(f"{share:.0%}" for share in shares)])
-    print_table(["task", "first fifth", "second", "third", "fourth", "last"], lines)
+        lengths = task.episodes["length"]
+        returns = [task.episode_rows(number)[:-1, RETURN] for number in range(len(lengths))]
+        returns, step = np.concatenate(returns), np.concatenate([*map(np.arange, lengths)])
+        fifth = 5 * step // np.repeat(lengths, lengths)
+        for merit, parts in MERITS.items():
+            usual, distance = usual_returns([task], parts)[step].T
+            scaled = torch.tensor((returns - usual) / distance)
+            w = data_weights(scaled, torch.zeros(len(returns), dtype=torch.long), 1,
+                             LossSettings.focus).numpy()
+            shares = np.bincount(fifth, w) / w.sum()
+            lines.append([task.name, merit, *(f"{share:.0%}" for share in shares)])
+    print_table(["task", "merit", "first fifth", "second", "third", "fourth", "last"], lines)
 
 
 # ---------------------------------------------------------------- what the maps cost
@@ -209,6 +210,7 @@ def main():
             parser.error(error)
         prepare.build(data, ["switching"], names, args.transitions, source=suite)
         at_a_time(args.workers, work, jobs)
+    table.need_rows()
     show(table)
 
 

@@ -141,6 +141,7 @@ def main():
                      *names, "--episodes", 0, *args.flags]
             call(["train.py", *start_or_resume(run, flags)], run.with_suffix(".log"))
             table.append(play(run, algo, seed))
+    table.need_rows()
     show(table.rows())
 
 

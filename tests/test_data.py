@@ -248,7 +248,7 @@ def test_merit_is_of_all_sources_of_a_task_and_of_no_other(tmp_path):
 def test_steps_that_few_episodes_reach_are_measured_together(tmp_path):
     """Of 400 episodes one goes on for 40 steps: each of these alone would be its own measure."""
     task = write_task(tmp_path / "a", [10] * 400 + [40])
-    usual = data.usual_returns([task], by_step=True)
+    usual = data.usual_returns([task], 100)
     assert usual.shape == (40, 2) and np.isfinite(usual).all() and (usual > 0).all()
     assert len(np.unique(usual[10:, 0])) == 1
     batch = data.Sampler([task], 5000, merit="step").sample(rng())

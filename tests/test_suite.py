@@ -21,6 +21,7 @@ from behaviors import LEVELS, ars, controllers, search, suite, td3
 from behaviors.measure import rollout
 from data import DataError, Episode, Task, append
 from learner import Learner, settings_for
+from studies import ladder
 from studies.ladder import Table
 from studies.suite import (COLUMNS, KEY, metas_of, print_weights, random_batch, show,
                            signed_rank)
@@ -328,7 +329,8 @@ def test_what_weights_by_returns_weigh(tmp_path, capsys):
     episode = Episode(np.zeros((11, 2)), np.zeros((10, 1)), reward, True)
     append(tmp_path / "a", [episode] * 3, {**task_meta(), "discount": 0.5})
     print_weights(tmp_path)
-    assert capsys.readouterr().out.splitlines()[-1] == "| a | 0% | 0% | 0% | 0% | 100% |"
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "| a | step | 20% | 20% | 20% | 20% | 20% |", "| a | return | 0% | 0% | 0% | 0% | 100% |"]
 
 
 def test_a_model_of_many_tasks_is_updated():
@@ -365,3 +367,31 @@ def test_an_episode_ends_where_the_physics_breaks_down():
     assert env.step(None) == (1, 0.0, True, False, {})
     with pytest.raises(KeyError):
         env.step(None)
+
+
+# ---------------------------------------------------------------- tables of all studies
+
+STUDIES = ("ablations", "ladder", "peers", "pixels", "quality", "suite", "words")
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_table_without_rows_is_named_and_no_figure_drawn(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(sys, "argv", [name, "--table", "--folder", str(tmp_path / "new")])
+    with pytest.raises(SystemExit, match="new/.*csv has no row yet: run this without --table"):
+        importlib.import_module(f"studies.{name}").main()
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_old_merit_is_a_flag_of_a_runs_name(tmp_path, monkeypatch):
+    """`pac_return` is `pac` with --merit return, and keeps a name of its own in the table."""
+    asked = []
+    summary = {"iqm": 1.0, "episodes": 2, "tasks": {"a": {"score": 1.0}}}
+    monkeypatch.setattr(ladder, "result_of", lambda path, command: asked.append(command) or summary)
+    monkeypatch.setattr(Table, "keep_config", lambda *_: None)
+    table = ladder.study1(tmp_path)
+    for algo in ("pac_return", "pac"):
+        ladder.train(table, ("switching", algo, 0), tmp_path, [])
+    old, new = [list(map(str, command)) for command in asked]
+    assert old[old.index("--algo") + 1] == new[new.index("--algo") + 1] == "pac"
+    assert old[old.index("--merit") + 1] == "return" and "--merit" not in new
+    assert [row["algo"] for row in table.rows()] == ["pac_return", "pac"]
