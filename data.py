@@ -45,7 +45,7 @@ TERMINATED, TRUNCATED, FINAL_OBS = 1, 2, 4  # a row's flag; 0 is an ordinary ste
 EPISODE = np.dtype([("start", "<i8"), ("length", "<i8"), ("return", "<f8"), ("checksum", "<i8")])
 AT_ONCE_BYTES = 3 << 20  # batches smaller than this are made several at once
 LARGEST = 1e18  # the square of a larger number overflows in float32
-# A return's merit: into how many parts an episode's steps are cut, each with a usual return.
+# Beside which others a return is measured: into how many parts an episode's steps are cut.
 MERITS = {"step": 100, "return": 1}
 EPISODES_READ = 1000  # of a source, to know what is usual
 HISTORY = 3  # pictures that are seen at a time: of a step, and of those before it
@@ -80,8 +80,7 @@ class Batch:
     obs_dim: int  # O
     task: torch.Tensor  # (B,) int64, an index into the list of tasks
     alpha: torch.Tensor = None  # (B,) the weight of cloning, if the data's sources have their own
-    merit: torch.Tensor = None  # (B,) how good its return is, see usual_returns, if asked for
-    worth: torch.Tensor = None  # (B,) the weight in the policy's terms, if rows were chosen
+    worth: torch.Tensor = None  # (B,) the weight in the policy's terms; none: all count alike
     # Where the tasks have pictures: which are seen at a window's first state and at its last,
     # (B, 2, HISTORY, 2), and how they are read. They are read late, when rows have been chosen.
     place: torch.Tensor = None
@@ -462,31 +461,61 @@ def best_episodes(episodes, share):
     return episodes[np.sort(best_first[:keep])]
 
 
-def usual_returns(tasks, parts):
-    """Of each step of an episode the return to go that is usual there: its mean, and the mean
-    distance from it. (longest episode, 2)
+class Worth:
+    """How much the transitions of a task count: exp(focus * merit), as if a better policy had drawn
+    them [ours].
 
-    Neighbouring steps count as one until they hold their part of all transitions. Of each of
-    `tasks`, sources of one task, EPISODES_READ episodes are read at most.
+    Merit is a return to go beside those of other episodes at the same step: less their mean, in
+    mean deviations, and clipped at two of them. A few outliers (falls) would rule raw weights, and
+    what is good enough shall count alike. Each step keeps its share of the weight. Beside all
+    returns of the task ("return") a return ranks states before actions: Meta-World's is high once a
+    task is done, and little weight was left for the way there.
+
+    It is reward-weighted regression (Peters and Schaal 2007), which Hong et al. 2023 (arXiv
+    2306.13085) advise for mixed data of which the good part is small.
     """
-    steps, returns = [], []
-    for task in tasks:
-        numbers = np.linspace(0, len(task.episodes) - 1, EPISODES_READ).round().astype(int)
-        for number in np.unique(numbers):
-            returns.append(task.episode_rows(number)[:-1, RETURN])
-            steps.append(np.arange(len(returns[-1])))
-    steps, returns = np.concatenate(steps), np.concatenate(returns).astype(np.float64)
-    counts = np.bincount(steps, minlength=max(task.episodes["length"].max() for task in tasks))
-    part = np.minimum(parts * (counts.cumsum() - counts) // len(steps), parts - 1)  # of each step
 
-    def mean(values):
-        sizes = np.bincount(part[steps], minlength=parts)
-        return (np.bincount(part[steps], values, parts) / np.maximum(sizes, 1))[part]
+    def __init__(self, tasks, focus, merit):
+        """tasks: sources of one task; merit: one of MERITS"""
+        self.focus = focus
+        steps, returns = [], []
+        for task in tasks:
+            numbers = np.linspace(0, len(task.episodes) - 1, EPISODES_READ).round().astype(int)
+            for number in np.unique(numbers):
+                returns.append(task.episode_rows(number)[:-1, RETURN])
+                steps.append(np.arange(len(returns[-1])))
+        steps, returns = np.concatenate(steps), np.concatenate(returns).astype(np.float64)
+        longest = max(task.episodes["length"].max() for task in tasks)
+        self.usual = self.measure(steps, returns, longest, MERITS[merit])
 
-    usual = mean(returns)
-    distance = mean(np.abs(returns - usual[steps]))
-    least = 0.01 * np.abs(returns - returns.mean()).mean() + 1e-8  # where all returns are alike
-    return np.stack([usual, np.maximum(distance, least)], axis=1)
+    def measure(self, steps, returns, longest, parts):
+        """Of each step the mean return, the mean deviation and the mean weight. (longest, 3)
+
+        Neighbouring steps are taken together, as one of `parts` with equally many transitions.
+        """
+        counts = np.bincount(steps, minlength=longest)
+        part = parts * (counts.cumsum() - counts) // len(steps)  # of each step
+        part = np.minimum(part, parts - 1)  # later steps than any that was read
+
+        def mean(values):
+            sizes = np.bincount(part[steps], minlength=parts)
+            return (np.bincount(part[steps], values, parts) / np.maximum(sizes, 1))[part]
+
+        usual = mean(returns)
+        deviation = mean(np.abs(returns - usual[steps]))
+        # Returns that are alike but for rounding shall count alike.
+        least = 0.01 * np.abs(returns - returns.mean()).mean() + 1e-5 * np.abs(returns).mean()
+        deviation = np.maximum(deviation, least + 1e-12)
+        weights = self.weights(returns, usual[steps], deviation[steps])
+        return np.stack([usual, deviation, np.maximum(mean(weights), 1e-12)], axis=1)
+
+    def weights(self, returns, usual, deviation):
+        return np.exp(self.focus * np.clip((returns - usual) / deviation, -2, 2))
+
+    def __call__(self, steps, returns):
+        """Of transitions at these steps of their episodes, with these returns: (B,), mean 1"""
+        usual, deviation, mean = self.usual[steps].T
+        return self.weights(returns, usual, deviation) / mean
 
 
 class Pictures:
@@ -516,12 +545,12 @@ class Sampler:
     Each of `tasks` is drawn from in proportion to its entry of `weights` (default: equally), and
     within it every transition of every chosen episode is equally likely. Those of one name, from
     several sources, are one task. `top`: only this share of each task's episodes, the best ones.
-    `alphas`: the weight of cloning for each of `tasks`. `merit`: beside what a return is measured,
-    one of MERITS: those at the same step of an episode, or all of its task.
+    `alphas`: the weight of cloning for each of `tasks`. `focus`, `merit`: of the rows' Worth; with
+    a focus of 0 they have none.
     """
 
-    def __init__(self, tasks, batch_size, steps=1, top=1.0, weights=None, alphas=None, merit=None,
-                 device="cpu"):
+    def __init__(self, tasks, batch_size, steps=1, top=1.0, weights=None, alphas=None, focus=0,
+                 merit="step", device="cpu"):
         self.batch_size, self.steps, self.device = batch_size, steps, torch.device(device)
         self.obs_dim = max(task.meta["obs_dim"] for task in tasks)
         self.action_dim = max(task.meta["action_dim"] for task in tasks)
@@ -553,13 +582,10 @@ class Sampler:
         self.ends = np.cumsum(chance)
         self.ends[self.ends == self.ends[-1]] = 1 + 1e-15
         self.density = (length - 1e-6) / np.maximum(chance, 1e-100)
-        if merit:  # a table, and where it begins for each source
-            of_name = {name: usual_returns([task for task in tasks if task.name == name],
-                                           MERITS[merit]) for name in names}
-            self.usual = np.concatenate(list(of_name.values()))
-            begins = dict(zip(names, np.cumsum([0, *map(len, of_name.values())])))
-            self.usual_from = np.array([begins[task.name] for task in tasks])
-        self.has_merit = bool(merit)
+        self.worths = []  # of each task
+        if focus:
+            of_name = [[task for task in tasks if task.name == name] for name in names]
+            self.worths = [Worth(sources, focus, merit) for sources in of_name]
 
     def draw(self, rngs, rank=0, ranks=1):
         """The windows of a batch for each of `rngs`, one batch after the other, each (len(rngs) *
@@ -601,7 +627,8 @@ class Sampler:
             np.add(begin, np.minimum(left, t), out=index[:, t])
         new = np.zeros if self.padded else np.empty  # what has no padding is written whole
         rows = new((*index.shape, self.width), np.float32)
-        tasks, alphas = np.empty(len(begin), np.int64), np.empty(len(begin), np.float32)
+        tasks = np.empty(len(begin), np.int64)
+        alphas, worths = np.empty((2, len(begin)), np.float32)
         cuts = (np.flatnonzero(source[1:] != source[:-1]) + 1).tolist()  # where another one begins
         for first, last in zip([0, *cuts], [*cuts, len(begin)]):
             here = self.sources[source[first]]
@@ -609,13 +636,14 @@ class Sampler:
             tasks[first:last] = here.task
             if self.has_alphas:
                 alphas[first:last] = here.alpha
+            if self.worths:
+                t = begin[first:last] - self.first.take(episode[first:last])
+                worths[first:last] = self.worths[here.task](t, rows[first:last, 0, RETURN])
         made = {"rows": rows, "task": tasks}
         if self.has_alphas:
             made["alpha"] = alphas
-        if self.has_merit:
-            step = begin - self.first.take(episode)
-            usual, distance = self.usual[self.usual_from.take(source) + step].T
-            made["merit"] = ((rows[:, 0, RETURN] - usual) / distance).astype(np.float32)
+        if self.worths:
+            made["worth"] = worths
         if self.pictures:
             made["place"] = self.places(source, self.first.take(episode), index)
         batches = [{} for _ in rngs]

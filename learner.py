@@ -6,11 +6,10 @@
     clone     -log pi(a|s)
     td        -sum_q Gamma(q) log p(q|s, a),      Gamma: the projected Bellman target
 
-The first two count a transition by its `worth`, as if the data were drawn by exp(focus * merit)
-[ours]. theta' is the target model, a lagged average of theta. Gamma also holds a share of the
-observed return, which falls from all to nothing as training goes on [ours]. Values are scaled task
-by task to [0, 1], so that one set of atoms serves returns of any size:
-q = (return - low) / (high - low).
+The first two count a transition by its `worth`, as if a better policy had drawn the data [ours].
+theta' is the target model, a lagged average of theta. Gamma also holds a share of the observed
+return, which falls from all to nothing as training goes on [ours]. Values are scaled task by task
+to [0, 1], so that one set of atoms serves returns of any size: q = (return - low) / (high - low).
 """
 
 import copy
@@ -39,7 +38,7 @@ class LossSettings:
     act: str = "improved"  # how the policy acts when it is evaluated, see ACTS in eval.py
     eta: float = 2.0  # divides Q, or the advantage, in units of its spread; also where pi_imp acts
     focus: float = 5.0  # the policy learns as from data drawn by exp(focus * merit); 0: all alike
-    merit: str = "step"  # its return, beside those at that step; "return": beside all of its task
+    merit: str = "step"  # a return beside those at its step, or "return": beside all of its task
     samples: int = 8  # N, actions drawn from the target policy at a state
     n_step: int = 3  # rewards summed before the bootstrap
     warmup: float = 0.5  # share of the updates that clone, and fit the critic to observed returns
@@ -119,13 +118,8 @@ def mean_per_task(x, task, num_tasks):
 def data_weights(merit, task, num_tasks, focus):
     """w ∝ exp(focus * merit), of mean 1 in each task: as of a better policy. merit (B,) -> (B,)
 
-    merit is measured from its task's mean, in its mean absolute deviation, and clipped at two of
-    them: a few outliers (falls) would rule raw weights, and what is good enough shall count alike.
-    With a return for merit it is reward-weighted regression (Peters and Schaal 2007), which Hong et
-    al. 2023 (arXiv 2306.13085) advise for mixed data of which the good part is small; with the
-    one-step advantage it is L^V. A return is measured beside those at the same step of other
-    episodes [ours]. Beside the whole task's it ranks states before actions: Meta-World's is high
-    once a task is done, and the first fifth of an episode was left with 2 to 6% of all weight.
+    merit is measured as in data.Worth, but within the batch: from its task's mean, in its mean
+    absolute deviation, and clipped at two of them. With the one-step advantage it is L^V.
     """
     deviation = merit - mean_per_task(merit, task, num_tasks)
     scaled = deviation / (mean_per_task(deviation.abs(), task, num_tasks) + 1e-8)
@@ -200,7 +194,7 @@ class Learner:
         self.target_model = copy.deepcopy(self.model).requires_grad_(False)
         self.forward = self.loss  # several ranks put DDP or FSDP around it
         self.make_optimizer()
-        self.pool, self.merit = (POOL, settings.merit) if settings.focus else (1, None)
+        self.pool = POOL if settings.focus else 1
         self.warmup_updates = round(settings.warmup * total_updates)
         self.num_tasks = len(metas)
         low, range_ = value_range(metas)
@@ -377,7 +371,7 @@ class Learner:
         """A Batch of POOL times too many transitions -> one of B, half by chance, half by their
         worth.
 
-        Worth, exp(focus * merit), lies on a tenth of the data: weights alone left most of a batch
+        Most of it lies on a tenth of the data (data.Worth): weights alone left most of a batch
         without a say in the policy's terms. What is over- or underrepresented is put right by the
         rest of the weight, 2 at the most; the critic learns from the rows as they come. Ranks
         choose together, as one process would, and take a share each.
@@ -390,7 +384,7 @@ class Learner:
             candidates = candidates.map(parallel.of_all_ranks)
             torch.distributed.broadcast(place, 0)
         task = candidates.task
-        worth = data_weights(candidates.merit, task, self.num_tasks, self.settings.focus)  # (pool * B,)
+        worth = candidates.worth / mean_per_task(candidates.worth, task, self.num_tasks)
         odds = (1 + worth) / 2
         candidates.worth = worth / odds
         # Systematic sampling, at equal distances along the summed odds: each task keeps its share.

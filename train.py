@@ -228,10 +228,6 @@ def check(config, settings):
     if settings.beta == 0 and settings.alpha < 1:
         raise RunError(f"--beta 0 --alpha {settings.alpha:g}: without a critic there is nothing to "
                        "improve by; --alpha 1 clones alone")
-    if settings.merit not in data.MERITS:
-        raise RunError(f"the merit {settings.merit!r} is not known; there are: {', '.join(data.MERITS)}")
-    if settings.merit != LossSettings.merit and not settings.focus:
-        raise RunError(f"--merit {settings.merit} says what --focus weighs by, and the focus is 0")
     if settings.act in ("improved", "best") and (settings.beta == 0 or settings.critic == "v"):
         raise RunError(f"--act {settings.act} needs a critic Q, and these settings train none")
     for name in ("weights", "alphas"):
@@ -256,6 +252,8 @@ def new_run(flags):
     """Flags -> (TrainConfig, LossSettings) of a new run."""
     config = TrainConfig(**flags.run)
     settings = settings_for(config.algo, **flags.loss)
+    if "merit" in flags.loss and not settings.focus:
+        raise RunError(f"--merit {settings.merit} says what --focus weighs by, and the focus is 0")
     config.data = config.data or [str(prepare.default_folder(config.size))]
     config.steps = config.steps or STEPS.get(config.size, 100_000)
     config.threads = config.threads or (1 if config.size in ONE_THREAD else None)
@@ -277,6 +275,9 @@ def old_run(flags):
     stored = read_config(flags.resume)
     config = from_config(TrainConfig, stored["train"], flags.resume)
     settings = from_config(LossSettings, stored["settings"], flags.resume)
+    if settings.merit not in data.MERITS:
+        raise RunError(f"{flags.resume} weighs its data by {settings.merit}, which is no more: "
+                       "finish it with the version of this code that began it")
     before = asdict(config) | asdict(settings)
     for name, value in (flags.run | flags.loss).items():
         if name not in MAY_CHANGE and value != before[name]:
@@ -358,8 +359,8 @@ def make_batches(config, settings, sources, learner):
     """A sampler, and a generator of the batches that are still to come."""
     device = f"cuda:{parallel.LOCAL_RANK}" if config.device == "cuda" else config.device
     sampler = data.Sampler(**sources, batch_size=config.batch_size * learner.pool,
-                           steps=settings.n_step, top=settings.top, device=device,
-                           merit=learner.merit)
+                           steps=settings.n_step, top=settings.top, focus=settings.focus,
+                           merit=settings.merit, device=device)
     to_come = range(learner.updates, config.steps)
     rngs = (random_streams(config.seed, step, "cpu")[0] for step in to_come)
     batches = sampler.batches(rngs, parallel.RANK, parallel.RANKS)

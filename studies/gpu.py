@@ -121,8 +121,8 @@ def new_learner(size, batch_size, algo="pac", device=DEVICE):
     rows = torch.randn(count, settings.n_step + 1, obs_dim + action_dim + 3, generator=generator)
     rows = rows.clamp(-1, 1)
     rows[..., -1] = 0  # ordinary steps
-    merit = torch.randn(count, generator=generator)
-    return learner, Batch(rows, obs_dim, torch.arange(count) % len(tasks), merit=merit).to(device)
+    worth = torch.rand(count, generator=generator)
+    return learner, Batch(rows, obs_dim, torch.arange(count) % len(tasks), worth=worth).to(device)
 
 
 class Shape(NamedTuple):

@@ -33,7 +33,7 @@ from checkpoint import RunError, checkpoints, find_checkpoint, restore, save
 from eval import act, draws, evaluate
 from kernels.categorical_projection import bellman_cross_entropy
 from kernels.graph import Graphs
-from learner import RISE, Learner, cloning_loss, data_weights, settings_for
+from learner import RISE, Learner, cloning_loss, settings_for
 from model import SIZES, ModelConfig, config_for, count_parameters
 from studies import print_table, scaling_fit, scaling_show
 from studies.ladder import Table, at_a_time, call
@@ -233,12 +233,11 @@ def held_out_losses(learner, batch):
     action, observed = batch.action[:, 0], learner.scale(batch.return_to_go[:, 0], task)
     latents = model.encode(batch.obs[:, 0], task)
     clone = cloning_loss(model.policy(latents, task), action)
-    worth = data_weights(observed, task, learner.num_tasks, FOCUS)
     logits = model.q(latents, action[:, None], task)[:, 0]
     nothing = torch.zeros_like(observed)
     critic = bellman_cross_entropy(logits, torch.zeros_like(logits), nothing, nothing, observed, 1)
     return {"clone_loss": clone.mean().item(), "critic_loss": critic.mean().item(),
-            "weighted_clone_loss": (worth * clone).mean().item()}
+            "weighted_clone_loss": (batch.worth * clone).mean().item()}
 
 
 def scores(learner, metas, seed, episodes):
@@ -271,7 +270,7 @@ def train(job, run, folder, device="cpu", last=None, episodes=EPISODES):
     last = last or learner.last
     rng, _ = random_streams(job.seed, 2**31, "cpu")  # a stream that no update has
     learner.start_at(data.Sampler(**part.training, batch_size=20_000).sample(rng))
-    held_out = data.Sampler(**part.held_out, batch_size=HELD_OUT_STATES)
+    held_out = data.Sampler(**part.held_out, batch_size=HELD_OUT_STATES, focus=FOCUS)
     held_out = held_out.sample(np.random.default_rng(0))
     same = {**job._asdict(), "params": parameters(learner.model)}
     cost = operations(new_learner(job, part.metas, "meta"))
@@ -300,7 +299,7 @@ def train(job, run, folder, device="cpu", last=None, episodes=EPISODES):
 
 def sampler_for(learner, part):
     return data.Sampler(**part.training, batch_size=BATCH * learner.pool,
-                        steps=learner.settings.n_step, merit=learner.merit)
+                        steps=learner.settings.n_step, focus=learner.settings.focus)
 
 
 def rounded(row):

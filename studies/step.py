@@ -359,7 +359,7 @@ def contender(pipe, name, size, algo, batch_size, folder):
         keep_memory()
     learner, tasks = new_learner(size, algo, folder)
     sampler = data.Sampler(tasks, batch_size * learner.pool, learner.settings.n_step,
-                           merit=learner.merit)
+                           focus=learner.settings.focus)
     batches = [sampler.sample(np.random.default_rng(seed)) for seed in range(STEPS)]
     learner.start_at(batches[0])
     learner.with_metrics = False  # as in 49 of 50 updates

@@ -19,9 +19,9 @@ import torch
 
 import prepare
 from behaviors import suite
-from data import FINAL_OBS, FLAG, MERITS, RETURN, Batch, DataError, usual_returns
+from data import FINAL_OBS, FLAG, MERITS, RETURN, Batch, DataError, Worth
 from eval import iqm
-from learner import Learner, LossSettings, data_weights, settings_for
+from learner import Learner, LossSettings, settings_for
 from model import SIZES, config_for, count_parameters
 from studies import print_table
 from studies.ladder import OTHER_ACTS, Table, at_a_time, new_parser, train
@@ -102,11 +102,8 @@ def print_weights(folder):
         returns = [task.episode_rows(number)[:-1, RETURN] for number in range(len(lengths))]
         returns, step = np.concatenate(returns), np.concatenate([*map(np.arange, lengths)])
         fifth = 5 * step // np.repeat(lengths, lengths)
-        for merit, parts in MERITS.items():
-            usual, distance = usual_returns([task], parts)[step].T
-            scaled = torch.tensor((returns - usual) / distance)
-            w = data_weights(scaled, torch.zeros(len(returns), dtype=torch.long), 1,
-                             LossSettings.focus).numpy()
+        for merit in MERITS:
+            w = Worth([task], LossSettings.focus, merit)(step, returns)
             shares = np.bincount(fifth, w) / w.sum()
             lines.append([task.name, merit, *(f"{share:.0%}" for share in shares)])
     print_table(["task", "merit", "first fifth", "second", "third", "fourth", "last"], lines)
@@ -133,7 +130,7 @@ def random_batch(metas, size):
     rows[:, :, FLAG] = 0
     rows[:, -1, FLAG] = FINAL_OBS
     task = torch.arange(size) * len(metas) // size
-    return Batch(rows, obs_dim, task, merit=torch.rand(size))
+    return Batch(rows, obs_dim, task, worth=torch.rand(size))
 
 
 def cost(texts, size, shares, algo="pac"):

@@ -60,8 +60,7 @@ def batch(obs, action, reward, next_obs=None, terminated=True, return_to_go=None
     after = torch.zeros_like(now)
     after[..., :obs_dim] = column(next_obs)
     after[..., data.FLAG] = FINAL_OBS
-    rows, merit = torch.cat([now, after], dim=1), column(return_to_go)[:, 0, 0]
-    return data.Batch(rows, obs_dim, torch.tensor(task), merit=merit)
+    return data.Batch(torch.cat([now, after], dim=1), obs_dim, torch.tensor(task))
 
 
 def task_meta(obs_dim=2, action_dim=1, env_id="Reacher-v5"):

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ from hypothesis import given, settings, strategies as st
 
 import data
 from data import FINAL_OBS, FLAG, REWARD, RETURN, TERMINATED, TRUNCATED, row_width
+from learner import data_weights
 from prepare import merged_metas, verify
 from tests.conftest import numbered, task_meta, write_task
 
@@ -195,12 +197,15 @@ def test_top_keeps_the_best_episodes(tmp_path):
     assert set(batch.obs[:, 0, 0].tolist()) == {1.0, 3.0}
 
 
-# ---------------------------------------------------------------- merit
+# ---------------------------------------------------------------- worth
 
-def write_paces(folder, paces, length=20):
+FOCUS = math.log(2)  # a mean deviation doubles a weight
+
+
+def write_paces(folder, paces, lengths=20):
     """A task whose episodes have one reward all along, each its own."""
     episodes = []
-    for number, pace in enumerate(paces):
+    for number, (pace, length) in enumerate(np.broadcast(paces, lengths)):
         episode = numbered(number, length, terminated=True)
         episode.reward[:] = pace
         episodes.append(episode)
@@ -208,58 +213,85 @@ def write_paces(folder, paces, length=20):
     return data.Task(folder)
 
 
-def merits(batch):
-    """{an episode's number: the merits of its steps}"""
+def worths(batch):
+    """{an episode's number: the worth of its steps}"""
     found = {}
-    for number, merit in zip(batch.obs[:, 0, 0].tolist(), batch.merit.tolist()):
-        found.setdefault(number, []).append(merit)
+    for number, worth in zip(batch.obs[:, 0, 0].tolist(), batch.worth.tolist()):
+        found.setdefault(number, []).append(worth)
     return found
 
 
-def test_merit_by_step_is_the_return_beside_those_at_the_same_step(tmp_path):
-    """Returns at a step are as 1 to 2 to 3 at every step: their mean is 2, their distance 2/3."""
+def test_worth_by_step_is_by_the_return_beside_those_at_the_same_step(tmp_path):
+    """Returns are as 1 to 2 to 3 at every step: -1.5, 0 and 1.5 mean deviations from their mean."""
     task = write_paces(tmp_path / "a", [1, 2, 3])
-    found = merits(data.Sampler([task], 600, merit="step").sample(rng()))
-    for number, expected in enumerate([-1.5, 0, 1.5]):
-        assert found[number] == pytest.approx([expected] * 200, abs=1e-4)
+    found = worths(data.Sampler([task], 600, focus=FOCUS, merit="step").sample(rng()))
+    expected = np.array([2**-1.5, 1, 2**1.5])
+    for number, worth in enumerate(expected / expected.mean()):
+        assert found[number] == pytest.approx([worth] * 200, rel=1e-4)
 
 
-def test_merit_by_return_is_the_return_beside_the_tasks(tmp_path):
+def test_worth_by_return_is_what_data_weights_gives_the_whole_task(tmp_path):
     task = write_paces(tmp_path / "a", [1, 2, 3])
-    batch = data.Sampler([task], 600, merit="return").sample(rng())
-    returns = batch.return_to_go[:, 0]
-    off = returns - returns.mean()
-    np.testing.assert_allclose(batch.merit, off / off.abs().mean(), atol=1e-4)
-    found = merits(batch)
-    assert max(found[2]) > 1.5 > min(found[2])  # near its end also the best has little to come
+    batch = data.Sampler([task], 600, focus=2.0, merit="return").sample(rng())
+    expected = data_weights(batch.return_to_go[:, 0], batch.task, 1, 2.0)
+    np.testing.assert_allclose(batch.worth, expected, rtol=1e-3)
+    found = worths(batch)
+    assert max(found[2]) > 1 > min(found[2])  # near its end also the best has little to come
 
 
-def test_merit_is_of_all_sources_of_a_task_and_of_no_other(tmp_path):
+def test_worth_is_of_all_sources_of_a_task_and_of_no_other(tmp_path):
     for folder, paces in (("x", [1]), ("y", [2, 3]), ("z", [100, 300])):
         write_paces(tmp_path / folder / "a", paces)
     one, two, other = (data.Task(tmp_path / folder / "a") for folder in "xyz")
     other.name = "b"
-    batch = data.Sampler([one, other, two], 900, merit="step").sample(rng())
+    batch = data.Sampler([one, other, two], 900, focus=FOCUS, merit="step").sample(rng())
     for task, best in ((0, 1.5), (1, 1.0)):
-        assert batch.merit[batch.task == task].max().item() == pytest.approx(best, abs=1e-4)
-        assert batch.merit[batch.task == task].min().item() == pytest.approx(-best, abs=1e-4)
+        here = batch.worth[batch.task == task]
+        assert (here.max() / here.min()).item() == pytest.approx(2 ** (2 * best), rel=1e-4)
 
 
-def test_steps_that_few_episodes_reach_are_measured_together(tmp_path):
-    """Of 400 episodes one goes on for 40 steps: each of these alone would be its own measure."""
-    task = write_task(tmp_path / "a", [10] * 400 + [40])
-    usual = data.usual_returns([task], 100)
-    assert usual.shape == (40, 2) and np.isfinite(usual).all() and (usual > 0).all()
-    assert len(np.unique(usual[10:, 0])) == 1
-    batch = data.Sampler([task], 5000, merit="step").sample(rng())
-    assert batch.merit[batch.obs[:, 0, 1] >= 10].abs().max() > 1
+def test_where_only_the_good_are_left_their_steps_keep_their_share(tmp_path):
+    """Nine episodes fall early, and one goes on. Beside each other, survivors are all alike."""
+    task = write_paces(tmp_path / "a", 1, lengths=[10] * 90 + [300] * 10)
+    batch = data.Sampler([task], 3900, focus=5.0, merit="step").sample(rng())
+    late = batch.obs[:, 0, 1] >= 10
+    assert batch.worth[late].mean().item() == pytest.approx(1, abs=0.02)
+    assert batch.worth[~late].mean().item() == pytest.approx(1, abs=0.05)
 
 
-def test_where_all_returns_are_alike_none_has_merit(tmp_path):
-    task = write_paces(tmp_path / "a", [0.1] * 7, length=3)
-    batch = data.Sampler([task], 64, merit="step").sample(rng())
-    assert batch.merit.abs().max() < 0.01
-    assert data.Sampler([task], 64).sample(rng()).merit is None
+def test_a_late_reward_leaves_weight_for_the_way_there(tmp_path):
+    """Half of the episodes have a reward, in the end. By return alone their last steps have all of
+    the weight; by step, all of their steps have as much."""
+    task = write_paces(tmp_path / "a", [0] * 50)
+    good = [numbered(50 + number, 20, terminated=True) for number in range(50)]
+    for episode in good:
+        episode.reward[:] = 0
+        episode.reward[-1] = 1
+    data.append(task.folder, good)
+    shares = {}
+    for merit in ("return", "step"):
+        sampler = data.Sampler([data.Task(task.folder)], 2000, focus=5.0, merit=merit)
+        batch = sampler.sample(rng())
+        first = (batch.obs[:, 0, 1] < 5) & (batch.obs[:, 0, 0] >= 50)
+        shares[merit] = (batch.worth[first].sum() / batch.worth.sum()).item()
+    assert shares["return"] < 0.05 and shares["step"] == pytest.approx(0.25, abs=0.01)
+
+
+@pytest.mark.parametrize("merit", data.MERITS)
+def test_returns_that_are_alike_but_for_rounding_count_alike(tmp_path, merit):
+    tiny = 1e-7 * rng().normal(size=50)
+    task = write_paces(tmp_path / "a", 0.3 * (1 + tiny), lengths=40)
+    worth = data.Sampler([task], 2000, focus=5.0, merit=merit).sample(rng()).worth.reshape(50, 40)
+    if merit != "return":  # an episode's steps differ in what is to come
+        assert worth.std(0).max() < 0.01 and worth.isfinite().all()
+    assert data.Sampler([task], 64).sample(rng()).worth is None
+
+
+def test_many_episodes_are_read_at_equal_distances(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "EPISODES_READ", 5)
+    task = write_paces(tmp_path / "a", np.arange(41), lengths=1)
+    usual, deviation, _ = data.Worth([task], 1.0, "return").usual[0]
+    assert (usual, deviation) == pytest.approx((20, 12))  # of 0, 10, 20, 30 and 40
 
 
 def test_tasks_are_padded_and_actions_scaled(tmp_path):

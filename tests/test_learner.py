@@ -28,10 +28,17 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def weighed(learner, made):
+    """A Batch whose rows are worth what their returns are, as a Sampler would give it."""
+    made.worth = data_weights(made.return_to_go[:, 0], made.task, learner.num_tasks,
+                              learner.settings.focus)
+    return made
+
+
 def train(learner, sample, updates):
     for step in range(updates):
         generator = seeded(step)
-        learner.update(learner.choose(sample(generator), generator), generator)
+        learner.update(learner.choose(weighed(learner, sample(generator)), generator), generator)
 
 
 def loss_of(learner, made):
@@ -187,7 +194,7 @@ def test_the_chosen_rows_and_their_weights_stand_for_the_data_by_worth():
     task = torch.arange(count) // (6 * 4096)  # the first task has three quarters
     zeros = [0.0] * count
     candidates = batch(zeros, zeros, observed.tolist(), task=task.tolist())
-    chosen = learner.choose(candidates, generator)
+    chosen = learner.choose(weighed(learner, candidates), generator)
     assert len(chosen.task) == 4096 and 0 < chosen.worth.min() and chosen.worth.max() <= 2
     weighted = data_weights(observed, task, 2, focus=2.0) * observed
     for t, share in ((0, 0.75), (1, 0.25)):

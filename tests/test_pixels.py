@@ -200,7 +200,7 @@ def test_an_update_learns_from_pictures(tmp_path, algo):
     metas = prepare.merged_metas(tasks)
     settings = settings_for(algo, warmup=0.0)
     learner = Learner(tiny(metas), settings, metas, 10)
-    sampler = Sampler(tasks, 16 * learner.pool, settings.n_step, merit=learner.merit)
+    sampler = Sampler(tasks, 16 * learner.pool, settings.n_step, focus=settings.focus)
     batch = sampler.sample(np.random.default_rng(0))
     learner.start_at(batch)
     before = learner.model.pixels.layers[0].weight.clone()

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import train
 from checkpoint import LOGGERS, find_checkpoint, read_config
+from data import MERITS
 from learner import ALGORITHMS, RENAMED, LossSettings, settings_for
 from model import SIZES
 
@@ -64,6 +65,7 @@ def test_the_names_read_as_text_are_the_tables_keys():
     assert list(train.names_of("model.py", "SIZES")) == list(SIZES)
     assert list(train.names_of("learner.py", "ALGORITHMS")) == list(ALGORITHMS)
     assert list(train.names_of("checkpoint.py", "LOGGERS")) == list(LOGGERS)
+    assert list(train.names_of("data.py", "MERITS")) == list(MERITS)
     assert train.names_of("learner.py", "RENAMED") == RENAMED
 
 
@@ -247,6 +249,24 @@ def test_a_run_of_another_format_is_refused(capsys, done):
     del config["format"]
     (done / "config.json").write_text(json.dumps(config))
     assert "has format None, but this code reads" in refused(capsys, "--resume", done)
+
+
+def test_a_run_that_weighs_its_data_in_a_way_that_is_no_more_is_refused(capsys, done):
+    config = read_config(done)
+    config["settings"]["merit"] = "advantage"
+    (done / "config.json").write_text(json.dumps(config))
+    assert f"{done} weighs its data by advantage, which is no more" in refused(
+        capsys, "--resume", done)
+
+
+def test_a_merit_without_weights_is_refused_if_asked_for(capsys, new, small_data, tmp_path):
+    assert "the focus is 0" in refused(capsys, *new, "--algo", "bc", "--merit", "return")
+    assert not (tmp_path / "run").exists()
+    run(small_data, tmp_path / "run", "--algo", "bc", steps=10)  # a former default, which nobody asked for
+    config = read_config(tmp_path / "run")
+    config["settings"]["merit"] = "return"
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    train.main(["--resume", str(tmp_path / "run"), "--steps", "12"])
 
 
 def test_no_run_to_resume(capsys, tmp_path):
