@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from threading import RLock
 
@@ -29,7 +30,9 @@ from behaviors import PARTS, TASKS, UNSEEN
 from checkpoint import read_config
 from data import write_file
 from eval import interval, iqm
+from learner import settings_for
 from studies import RESULTS, print_table
+from train import parse_args
 
 SEEDS = (0, 1, 2)
 EPISODES = 20  # a task and run
@@ -149,6 +152,15 @@ def start_or_resume(run, flags):
     return ["--out", run, "--eval-every", 0, "--threads", 1, "--no-verify", *flags]
 
 
+def refuse_other(run, flags):
+    """End the command if the run's folder is there, and of another recipe than these flags'."""
+    if (run / "config.json").exists():
+        asked = parse_args(list(map(str, flags)))
+        settings = asdict(settings_for(asked.run["algo"], **asked.loss))
+        if read_config(run)["settings"] != settings:
+            sys.exit(f"{run} is of another recipe than `{' '.join(map(str, flags))}`: move it away")
+
+
 def result_of(path, command):
     """The summary that a command leaves in `path`. It is not run again if it is there.
 
@@ -194,6 +206,7 @@ def train(table, job, data, flags, other_act=None):
         flags = ["--merit", "return", *flags]
     flags = ["--algo", algo.removesuffix("_return"), "--seed", seed, "--data", data,
              "--episodes", EPISODES, *flags]
+    refuse_other(run, flags)
     summary = result_of(run / "eval.json", ["train.py", *start_or_resume(run, flags)])
     rows = rows_of(summary, table, job)
     if other_act:

@@ -3,7 +3,9 @@
 What needs a package that is not in requirements.txt is skipped without it.
 """
 
+import dataclasses
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -19,6 +21,7 @@ import envs
 import prepare
 from behaviors import LEVELS, ars, controllers, search, suite, td3
 from behaviors.measure import rollout
+from checkpoint import FORMAT
 from data import DataError, Episode, Task, append
 from learner import Learner, settings_for
 from studies import ladder
@@ -395,3 +398,15 @@ def test_the_old_merit_is_a_flag_of_a_runs_name(tmp_path, monkeypatch):
     assert old[old.index("--algo") + 1] == new[new.index("--algo") + 1] == "pac"
     assert old[old.index("--merit") + 1] == "return" and "--merit" not in new
     assert [row["algo"] for row in table.rows()] == ["pac_return", "pac"]
+
+
+def test_a_runs_folder_of_another_recipe_is_not_taken_for_this_one(tmp_path):
+    run = tmp_path / "runs/study1/switching-pac-0"
+    run.mkdir(parents=True)
+    config = dict.fromkeys(("algo", "train", "model", "tasks"), {})
+    config |= {"format": FORMAT, "settings": dataclasses.asdict(settings_for("pac"))}
+    (run / "config.json").write_text(json.dumps(config))
+    ladder.refuse_other(run, ["--algo", "pac", "--seed", 3])
+    for flags in (["--eta", 3.0], ["--merit", "return"]):
+        with pytest.raises(SystemExit, match=f"{run} is of another recipe than `--algo pac --"):
+            ladder.refuse_other(run, ["--algo", "pac", *flags])
