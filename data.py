@@ -495,7 +495,7 @@ class Worth:
         """
         counts = np.bincount(steps, minlength=longest)
         part = parts * (counts.cumsum() - counts) // len(steps)  # of each step
-        part = np.minimum(part, parts - 1)  # later steps than any that was read
+        part[steps.max():] = part[steps.max()]  # later ones than any that was read
 
         def mean(values):
             sizes = np.bincount(part[steps], minlength=parts)
@@ -504,7 +504,7 @@ class Worth:
         usual = mean(returns)
         deviation = mean(np.abs(returns - usual[steps]))
         # Returns that are alike but for rounding shall count alike.
-        least = 0.01 * np.abs(returns - returns.mean()).mean() + 1e-5 * np.abs(returns).mean()
+        least = 0.01 * np.abs(returns - returns.mean()).mean() + 1e-4 * np.abs(returns).mean()
         deviation = np.maximum(deviation, least + 1e-12)
         weights = self.weights(returns, usual[steps], deviation[steps])
         return np.stack([usual, deviation, np.maximum(mean(weights), 1e-12)], axis=1)
