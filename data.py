@@ -45,7 +45,7 @@ TERMINATED, TRUNCATED, FINAL_OBS = 1, 2, 4  # a row's flag; 0 is an ordinary ste
 EPISODE = np.dtype([("start", "<i8"), ("length", "<i8"), ("return", "<f8"), ("checksum", "<i8")])
 AT_ONCE_BYTES = 3 << 20  # batches smaller than this are made several at once
 LARGEST = 1e18  # the square of a larger number overflows in float32
-# Beside which others a return is measured: into how many parts an episode's steps are cut.
+# With which others a return is compared: into how many parts an episode's steps are cut.
 MERITS = {"step": 100, "return": 1}
 EPISODES_READ = 1000  # of a source, to know what is usual
 HISTORY = 3  # pictures that are seen at a time: of a step, and of those before it
@@ -465,11 +465,12 @@ class Worth:
     """How much the transitions of a task count: exp(focus * merit), as if a better policy had drawn
     them [ours].
 
-    Merit is a return to go beside those of other episodes at the same step: less their mean, in
-    mean deviations, and clipped at two of them. A few outliers (falls) would rule raw weights, and
-    what is good enough shall count alike. Each step keeps its share of the weight. Beside all
-    returns of the task ("return") a return ranks states before actions: Meta-World's is high once a
-    task is done, and little weight was left for the way there.
+    Merit is a return to go, compared with those of other episodes at the same step: less their
+    mean, in mean deviations, and clipped at two of them. A few outliers (falls) would rule raw
+    weights, and what is good enough shall count alike. Each step keeps its share of the weight.
+
+    Compared with all of its task's ("return"), a return ranks states before actions. Meta-World's
+    is high once a task is done, and little weight was left for the way there.
 
     It is reward-weighted regression (Peters and Schaal 2007), which Hong et al. 2023 (arXiv
     2306.13085) advise for mixed data of which the good part is small.
@@ -507,7 +508,7 @@ class Worth:
         least = 0.01 * np.abs(returns - returns.mean()).mean() + 1e-4 * np.abs(returns).mean()
         deviation = np.maximum(deviation, least + 1e-12)
         weights = self.weights(returns, usual[steps], deviation[steps])
-        return np.stack([usual, deviation, np.maximum(mean(weights), 1e-12)], axis=1)
+        return np.stack([usual, deviation, mean(weights)], axis=1)
 
     def weights(self, returns, usual, deviation):
         return np.exp(self.focus * np.clip((returns - usual) / deviation, -2, 2))

@@ -38,7 +38,7 @@ class LossSettings:
     act: str = "improved"  # how the policy acts when it is evaluated, see ACTS in eval.py
     eta: float = 2.0  # divides Q, or the advantage, in units of its spread; also where pi_imp acts
     focus: float = 5.0  # the policy learns as from data drawn by exp(focus * merit); 0: all alike
-    merit: str = "step"  # a return beside those at its step, or "return": beside all of its task
+    merit: str = "step"  # compares a return with those at its step; "return": with all of its task
     samples: int = 8  # N, actions drawn from the target policy at a state
     n_step: int = 3  # rewards summed before the bootstrap
     warmup: float = 0.5  # share of the updates that clone, and fit the critic to observed returns
@@ -379,6 +379,8 @@ class Learner:
         candidates = candidates.to(self.device)
         if self.pool == 1:
             return candidates
+        if candidates.worth is None:
+            raise ValueError("the rows have no worth; a Sampler with a focus gives it")
         place = self.rand((), generator)
         if parallel.RANKS > 1:
             candidates = candidates.map(parallel.of_all_ranks)

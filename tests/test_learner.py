@@ -206,6 +206,11 @@ def test_the_chosen_rows_and_their_weights_stand_for_the_data_by_worth():
         assert kept.mean() > 0.6  # half of the rows are of the better kind already
 
 
+def test_rows_without_worth_are_not_chosen_from():
+    with pytest.raises(ValueError, match="a Sampler with a focus gives it"):
+        make([meta()]).choose(batch([0.1] * 8, [0.3] * 8, [0.0] * 8), seeded())
+
+
 def test_without_focus_a_batch_is_left_as_it_is():
     learner = make([meta()], "bc")
     made = batch([0.1, 0.2], [0.3, -0.3], [0.0, 1.0])
