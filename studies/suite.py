@@ -182,7 +182,10 @@ def main():
     parser.add_argument("--weights", type=Path, metavar="DATA", help="of this data set")
     args = parser.parse_args()
     if args.weights:
-        print_weights(args.weights)
+        try:
+            print_weights(args.weights)
+        except DataError as error:
+            parser.error(error)
         return
     if args.cost is not None:
         print_cost(args.cost or ["small"])

@@ -336,6 +336,13 @@ def test_what_weights_by_returns_weigh(tmp_path, capsys):
         "| a | step | 20% | 20% | 20% | 20% | 20% |", "| a | return | 0% | 0% | 0% | 0% | 100% |"]
 
 
+def test_weights_of_no_data_are_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["suite", "--weights", str(tmp_path / "none")])
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module("studies.suite").main()
+    assert end.value.code == 2 and "none: no data set here" in capsys.readouterr().err
+
+
 def test_a_model_of_many_tasks_is_updated():
     metas = metas_of(suite.chosen(["gymnasium:3", "metaworld:2", "dm_control:1"]))
     learner = Learner(tiny(metas), settings_for("bc"), metas, 10, "cpu")
