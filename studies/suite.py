@@ -77,10 +77,11 @@ def show(table):
             successes = [success for _, success in found.values() if success is not None]
             success = f"{np.mean(successes):.0%}" if successes else ""
             means = [score for score, _ in found.values()]
-            lines.append([algo, len(found), f"{np.mean(means):.3f}", f"{iqm(means):.3f}", success,
+            seeds = len({row["seed"] for row in rows if row["algo"] == algo})
+            lines.append([algo, seeds, len(found), f"{np.mean(means):.3f}", f"{iqm(means):.3f}", success,
                           *above(found, scores["bc"]), *above(found, scores["rwr"])])
         print(f"\n{domain}\n")
-        print_table(["algo", "tasks", "mean score", "IQM", "success", "above bc on", "p",
+        print_table(["algo", "seeds", "tasks", "mean score", "IQM", "success", "above bc on", "p",
                      "above rwr on", "p"], lines)
 
 

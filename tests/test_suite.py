@@ -321,8 +321,8 @@ def test_the_study_counts_the_tasks_where_one_is_above_another(tmp_path, capsys)
                            "episodes": 1, "score": score, "success": success}])
     show(table)
     said = capsys.readouterr().out
-    assert "| bc | 3 | 0.400 | 0.400 | 50% | 0 of 3 | 1 | 0 of 0 | 1 |" in said
-    assert "| pac | 3 | 0.400 | 0.400 | 0% | 2 of 3 |" in said
+    assert "| bc | 1 | 3 | 0.400 | 0.400 | 50% | 0 of 3 | 1 | 0 of 0 | 1 |" in said
+    assert "| pac | 1 | 3 | 0.400 | 0.400 | 0% | 2 of 3 |" in said
 
 
 def test_what_weights_by_returns_weigh(tmp_path, capsys):
