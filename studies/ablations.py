@@ -27,7 +27,7 @@ from studies.ladder import (Table, at_a_time, cells, new_parser, result_of, rows
 
 COLUMNS = ("recipe", "data", "ablation", "updates", "episodes", "seed", "task", "score", "iqm")
 KEY = ("recipe", "data", "ablation", "seed")
-RECIPE = "2026-11-26"
+RECIPE = "2026-11-27"
 UPDATES, EPISODES, SEEDS = 5_000, 10, (0, 1, 2)
 
 
