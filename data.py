@@ -681,22 +681,6 @@ class Sampler:
             np.clip((action - centre) / half, -1, 1, out=action)
 
 
-def sample_plainly(sampler, rng):
-    """The windows of sampler.sample(rng), one by one: slow and obvious, the reference of its tests.
-
-    -> a list of (task's index, rows (T+1, width) as on disk: neither padded nor scaled)
-    """
-    windows = []
-    for part, number in enumerate(rng.random(sampler.batch_size)):
-        number = (part + number) / sampler.batch_size
-        episode = next(k for k, end in enumerate(sampler.ends) if number < end)
-        left = int((sampler.ends[episode] - number) * sampler.density[episode]) + 1
-        source, final = sampler.sources[sampler.source[episode]], sampler.final[episode]
-        steps = [min(final - left + t, final) for t in range(sampler.steps + 1)]
-        windows.append((source.task, source.data.rows()[steps]))
-    return windows
-
-
 def prefetch(batches, count):
     """What the generator `batches` yields, in order, made up to `count` early by one thread."""
     with ThreadPoolExecutor(1) as thread:

@@ -11,6 +11,7 @@ episodes, so that luck in the choice earns nothing. All of this is repeated, on 
 
 import argparse
 import sys
+import zlib
 from collections import Counter
 from itertools import product
 from pathlib import Path
@@ -31,7 +32,7 @@ WAYS = [("improved", "2"), ("improved", "0.5"), ("improved", "1"), ("improved", 
 SEEN = (0, 1, 2, 4, 8, 16)  # K
 EPISODES, SEED = 32, 50  # no other evaluation has this seed
 REPEATS = 2000
-COLUMNS = ("run", "act", "eta", "task", "episode", "score")
+COLUMNS = ("run", "model", "act", "eta", "task", "episode", "score")
 NUMBERS = {"episode": int, "score": float}
 
 
@@ -47,11 +48,22 @@ def rows_of(table, run):
     try:
         rows = [row for row in table.rows() if row["run"] == str(run)]
         found = {((row["act"], row["eta"]), row["task"], row["episode"]): row for row in rows}
+        models = {row["model"] for row in rows}
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"{table.path} is damaged: {error!r}") from None
     if len(found) < len(rows):
         raise RunError(f"{table.path} has an episode twice")
+    if len(models) > 1:
+        raise RunError(f"{table.path} has episodes of several models that were called {run}")
     return found
+
+
+def fingerprint(model):
+    """Tells one model from another that was trained under its name."""
+    checksum = 0
+    for tensor in model.state_dict().values():
+        checksum = zlib.crc32(tensor.contiguous().numpy(), checksum)
+    return f"{checksum:08x}"
 
 
 def play(table, run, episodes):
@@ -59,7 +71,11 @@ def play(table, run, episodes):
     model, config = load_run(run)
     if config["settings"]["beta"] == 0 or config["settings"]["critic"] == "v":
         raise RunError(f"{run}: {config['algo']} trains no Q decoder, which these ways to act need")
-    played = Counter((way, task) for way, task, _ in rows_of(table, run))
+    rows, weights = rows_of(table, run), fingerprint(model)
+    if any(row["model"] != weights for row in rows.values()):
+        raise RunError(f"{table.path} has episodes of another model that was called {run}: "
+                       "move it away, or give a --folder")
+    played = Counter((way, task) for way, task, _ in rows)
     for (act, eta), (index, meta) in product(WAYS, enumerate(config["tasks"])):
         before = played[(act, eta), meta["name"]]
         if before < episodes:
@@ -67,7 +83,7 @@ def play(table, run, episodes):
             metas[index] = meta
             plays = rollout(model, metas, episodes - before, SEED, act, float(eta or 1),
                             first=[before] * len(metas))
-            common = {"run": run, "act": act, "eta": eta, "task": meta["name"]}
+            common = {"run": run, "model": weights, "act": act, "eta": eta, "task": meta["name"]}
             table.append([{**common, "episode": one.number, "score": score_of(one)}
                           for one in plays])
             print(*common.values(), flush=True)

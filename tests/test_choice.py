@@ -150,6 +150,17 @@ def test_runs_do_not_mix(trained, tmp_path):
     assert len(table.rows()) == 3 * len(WAYS)
 
 
+def test_a_model_that_was_trained_anew_is_refused(trained, tmp_path, capsys):
+    """Its run has the name of the one that played: their episodes would be taken for one's."""
+    table, (model, _) = table_of(tmp_path), choice.load_run(RUN)
+    play(table, RUN, 1)
+    before = table.path.read_bytes()
+    with torch.no_grad():
+        model.policy_head[-1].bias[0] += 1e-3
+    assert "another model that was called" in ends_with_2(capsys, RUN, "--folder", tmp_path)
+    assert table.path.read_bytes() == before
+
+
 def test_tables_and_figure(trained, tmp_path, capsys):
     choice.main([RUN, "--folder", str(tmp_path), "--episodes", "4"])
     said = capsys.readouterr().out
@@ -201,16 +212,17 @@ def test_a_number_of_episodes_that_cannot_be(flags, says, capsys):
     assert says in ends_with_2(capsys, *flags)
 
 
-ROW = "runs/mine,mean,,Reacher-v5,0,0.5\n"
+ROW = "runs/mine,00c0ffee,mean,,Reacher-v5,0,0.5\n"
 
 
 @pytest.mark.parametrize("rows, says", [
     ("", "no episodes of runs/mine yet"),
-    ("runs/other,mean,,Reacher-v5,0,0.5\n", "no episodes of runs/mine yet"),
+    ("runs/other,00c0ffee,mean,,Reacher-v5,0,0.5\n", "no episodes of runs/mine yet"),
     (ROW, "lacks (('improved', '2'), 'Reacher-v5', 0)"),
     (ROW + ROW, "has an episode twice"),
     (ROW + "runs/mine,me", "is damaged"),
     (ROW.replace("0.5", "half"), "is damaged"),
+    (ROW + ROW.replace("00c0ffee,mean,,Reacher-v5,0", "00c0ffef,mean,,Reacher-v5,1"), "several models"),
 ])
 def test_a_table_that_is_not_whole(rows, says, tmp_path, capsys):
     (tmp_path / "choice.csv").write_text(",".join(COLUMNS) + "\n" + rows)

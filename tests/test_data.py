@@ -333,6 +333,22 @@ def by_hand(window, meta, obs_dim, action_dim):
     return rows
 
 
+def sample_plainly(sampler, rng):
+    """The windows of sampler.sample(rng), one by one: slow and obvious.
+
+    -> a list of (task's index, rows (T+1, width) as on disk: neither padded nor scaled)
+    """
+    windows = []
+    for part, number in enumerate(rng.random(sampler.batch_size)):
+        number = (part + number) / sampler.batch_size
+        episode = next(k for k, end in enumerate(sampler.ends) if number < end)
+        left = int((sampler.ends[episode] - number) * sampler.density[episode]) + 1
+        source, final = sampler.sources[sampler.source[episode]], sampler.final[episode]
+        steps = [min(final - left + t, final) for t in range(sampler.steps + 1)]
+        windows.append((source.task, source.data.rows()[steps]))
+    return windows
+
+
 @pytest.mark.parametrize("top", [1.0, 0.4])
 @pytest.mark.parametrize("steps", [1, 3, 12])
 def test_a_sample_is_what_the_plain_sampler_draws(tmp_path, steps, top):
@@ -355,7 +371,7 @@ def test_a_sample_is_what_the_plain_sampler_draws(tmp_path, steps, top):
     assert [meta["name"] for meta in metas] == ["a", "b", "c"]
     for seed in range(3):
         batch = sampler.sample(rng(seed))
-        windows = data.sample_plainly(sampler, rng(seed))
+        windows = sample_plainly(sampler, rng(seed))
         assert len(windows) == 200
         for row, (task, window) in enumerate(windows):
             assert batch.task[row] == task
@@ -378,7 +394,7 @@ def test_the_plain_sampler_by_hand(tmp_path):
             return np.full(size, 0.5)
 
     found = []
-    for task, rows in data.sample_plainly(sampler, Middle()):
+    for task, rows in sample_plainly(sampler, Middle()):
         number, step = rows[0, :2]
         found.append((task, number, step))
     assert found == [(0, 0, 0), (0, 1, 1), (1, 0, 0), (1, 0, 0)]
