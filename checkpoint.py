@@ -32,7 +32,7 @@ import parallel
 from data import write_file
 from model import ModelConfig, Perceiver
 
-FORMAT = 3  # of a run's config.json and checkpoints
+FORMAT = 4  # of a run's config.json and checkpoints
 # One process may read a checkpoint of several.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 

@@ -160,19 +160,16 @@ class Scalars(nn.Module):
         """dims: the number of scalars of each task"""
         super().__init__()
         self.tokens = tokens
-        features = max(dims) * (1 + len(SCALES))
-        own_features = torch.tensor(dims, dtype=torch.float32) * (1 + len(SCALES))
-        std = own_features.rsqrt()[:, None, None]  # (tasks, 1, 1)
-        self.weight = nn.Parameter(torch.randn(len(dims), features, tokens * width) * std)
+        self.heights = tuple(count * (1 + len(SCALES)) for count in dims)  # features of each task
+        maps = [torch.randn(height, tokens * width) / height**0.5 for height in self.heights]
+        self.weight = nn.Parameter(torch.cat(maps))  # below each other
         self.bias = nn.Parameter(torch.randn(len(dims), tokens * width))  # keeps the tokens apart
-        own = torch.arange(max(dims)) < torch.tensor(dims)[:, None]  # (tasks, dims)
         self.register_buffer("scales", torch.tensor(SCALES), persistent=False)
-        self.register_buffer("mask", own, persistent=False)
 
     def forward(self, x, task, mean=None, std=None):
         """x: (B, ..., dims), task: (B,), mean and std of each task: (tasks, dims), or none
         -> (B, ..., tokens, W). What is past its own is ignored."""
-        tokens = task_linear(x, task, self.weight, self.bias, self.mask, self.scales, mean, std)
+        tokens = task_linear(x, task, self.weight, self.bias, self.heights, self.scales, mean, std)
         return tokens.unflatten(-1, (self.tokens, -1))
 
 

@@ -178,7 +178,7 @@ def task_inputs(what, size, batch_size):
     statistics_of_tasks = (None, None)
     if obs:
         statistics_of_tasks = torch.randn(2, len(dims), max(dims), device=DEVICE).exp()
-    tables = (encoder.mask, encoder.scales, *statistics_of_tasks)
+    tables = (encoder.heights, encoder.scales, *statistics_of_tasks)
     return [encoder.weight, encoder.bias], (x, task), tables
 
 

@@ -30,6 +30,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
@@ -88,9 +89,10 @@ def plain_tokens(encoder, x, task):
 
     x (B, dims), task (B,) -> (B, tokens, W)
     """
-    x = (x * encoder.mask[task])[..., None]
-    x = torch.cat([x.clamp(-10, 10), torch.tanh(x * encoder.scales)], dim=-1).flatten(1)
-    tokens = x[:, None] @ encoder.weight[task] + encoder.bias[task][:, None]  # (B, 1, tokens * W)
+    x = x[..., None]
+    x = torch.cat([x.clamp(-10, 10), torch.tanh(x * encoder.scales)], dim=-1).flatten(1)  # (B, F)
+    maps = pad_sequence(encoder.weight.split(encoder.heights), batch_first=True)  # (T, F, tokens W)
+    tokens = x[:, None] @ maps[task] + encoder.bias[task][:, None]  # (B, 1, tokens W)
     return tokens.view(len(x), encoder.tokens, -1)
 
 

@@ -142,9 +142,7 @@ def cost(texts, size, shares, algo="pac"):
         metas = [{**meta, "embodiment": ""} for meta in metas]
     learner = Learner(config_for(size, metas), settings_for(algo, warmup=0.0), metas, 100, "cpu")
     encoders = (learner.model.obs_encoder, learner.model.action_encoder)
-    maps = sum(encoder.weight.numel() + encoder.bias.numel() for encoder in encoders)
-    own = sum(int(encoder.mask.sum()) * encoder.weight[0].numel() // encoder.mask.shape[1]
-              + encoder.bias.numel() for encoder in encoders)
+    maps = sum(map(count_parameters, encoders))
     batch, generator = random_batch(metas, 128 * learner.pool), torch.Generator().manual_seed(0)
     learner.update_from(batch, generator)
     began = time.process_time()
@@ -154,13 +152,13 @@ def cost(texts, size, shares, algo="pac"):
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # GB, of the process so far
     parameters = f"{count_parameters(learner.model) / 1e6:.2f}M"
     return [" ".join(texts), len(metas), len(learner.model.obs_mean), parameters,
-            f"{maps / 1e6:.2f}M", f"{own / 1e6:.2f}M", f"{1 / seconds:.2g}", f"{memory:.1f}"]
+            f"{maps / 1e6:.2f}M", f"{1 / seconds:.2g}", f"{memory:.1f}"]
 
 
 def print_cost(sizes):
     torch.set_num_threads(1)
-    head = ["tasks", "count", "maps", "parameters", "of these maps", "maps of own widths",
-            "updates a CPU-second", "peak memory, GB"]
+    head = ["tasks", "count", "maps", "parameters", "of these maps", "updates a CPU-second",
+            "peak memory, GB"]
     groups = (["metaworld:10"], ["metaworld"], ["dm_control"], list(suite.PACKAGES))
     for size in sizes:
         print(f"\n{size}\n")

@@ -29,8 +29,9 @@ TARGETS = {
 # Arguments whose names end in _ptr, but for the fixed types below.
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 FIXED_TYPES = {
-    **dict.fromkeys(("mask_ptr", "own_ptr"), "*u8"),
+    "mask_ptr": "*u8",
     "task_ptr": "*i64",
+    "first_ptr": "*i32",
     **dict.fromkeys(("lse_ptr", "loss_ptr", "gradient_ptr"), "*fp32"),
     **dict.fromkeys(("next_probs_ptr", "shift_ptr", "scale_ptr", "returns_ptr"), "*fp32"),
     **dict.fromkeys(("scale", "mc_share"), "fp32"),

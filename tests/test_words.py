@@ -38,7 +38,7 @@ def asked(model, task):
 
 def test_words_alone_tell_tasks_of_one_embodiment_apart():
     model = made()
-    assert len(model.obs_mean) == len(model.obs_encoder.weight) == len(model.policy_query) == 2
+    assert len(model.obs_mean) == len(model.obs_encoder.bias) == len(model.policy_query) == 2
     assert not torch.allclose(asked(model, 0), asked(model, 1))
     model.tell(0, "pull it")
     torch.testing.assert_close(asked(model, 0), asked(model, 1))
@@ -47,7 +47,7 @@ def test_words_alone_tell_tasks_of_one_embodiment_apart():
 def test_tasks_without_an_embodiment_share_nothing():
     alone = [{key: value for key, value in one.items() if key != "embodiment"} for one in TWO]
     model = made(alone)
-    assert len(model.obs_mean) == len(model.obs_encoder.weight) == len(model.policy_query) == 3
+    assert len(model.obs_mean) == len(model.obs_encoder.bias) == len(model.policy_query) == 3
     model.tell(0, "pull it")
     assert not torch.allclose(asked(model, 0), asked(model, 1))
 
@@ -61,7 +61,7 @@ def test_a_run_shares_maps_or_not_as_asked(tmp_path, asked, maps):
         data.append(tmp_path / "set" / about["name"], episodes, {**source, **told})
     flag = "--embodiments" if asked else "--no-embodiments"
     run(tmp_path / "set", tmp_path / "run", flag, steps=2)
-    assert tensors(tmp_path / "run")["target.obs_encoder.weight"].shape[0] == maps
+    assert tensors(tmp_path / "run")["target.obs_encoder.bias"].shape[0] == maps
     assert len(load_run(tmp_path / "run")[0].obs_mean) == maps
 
 
