@@ -85,10 +85,11 @@ def paraphrases(task, held_out=False):
 
 
 def chosen(texts):
-    """The names of tasks: `texts` are names of tasks or domains, or metaworld:10 for the first 10.
+    """The names of tasks: `texts` are names of tasks or domains, metaworld:10 for the first 10, or
+    all.
     """
     names = []
-    for text in texts or PACKAGES:
+    for text in PACKAGES if texts in (None, ["all"]) else texts:
         domain, _, count = text.partition(":")
         found = [row.task for row in TABLE.values() if row.domain == domain]
         if text in TABLE:

@@ -29,14 +29,14 @@ import prepare
 from behaviors import PARTS, TASKS, UNSEEN
 from checkpoint import read_config
 from data import write_file
-from eval import interval, iqm
+from eval import EPISODES_FAILED, interval, iqm
 from learner import settings_for
 from studies import RESULTS, print_table
 from train import parse_args
 
 SEEDS = (0, 1, 2)
 EPISODES = 20  # a task and run
-NUMBERS = {"seed": int, "score": float}  # columns of most tables
+NUMBERS = {"seed": int, "score": lambda text: float(text) if text else None}  # of most tables
 FILE_LOCK = RLock()  # several runs end at once
 SHOWN_ROWS = [*TASKS, "IQM"]
 DRAWN = "mean and range over seeds; IQM with its 95% interval"
@@ -172,11 +172,17 @@ def result_of(path, command):
 
 
 def call(command, path):
-    """python COMMAND, in a process of one thread; its output goes to the end of the log `path`."""
+    """python COMMAND, in a process of one thread; its output goes to the end of the log `path`.
+
+    Episodes that failed are no reason to stop: the summary counts them.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, *map(str, command)]
     with open(path, "a") as log:
-        subprocess.run([sys.executable, *map(str, command)], check=True, stdout=log,
-                       stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        done = subprocess.run(command, stdout=log, stderr=log,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode != EPISODES_FAILED:
+        done.check_returncode()
 
 
 def at_a_time(workers, work, jobs):
@@ -189,11 +195,13 @@ def at_a_time(workers, work, jobs):
 
 def rows_of(summary, table, job, **more):
     """A row of the table for each task of a summary."""
-    print(time.strftime("%H:%M"), *job, f"IQM {summary['iqm']:.3f}", flush=True)
+    failed = f", episodes failed: {len(summary['failed'])}" if summary["failed"] else ""
+    print(time.strftime("%H:%M"), *job, f"IQM {summary['iqm']:.3f}{failed}", flush=True)
     columns = dict(zip(table.key, job), episodes=summary["episodes"], iqm=round(summary["iqm"], 4))
     rows = []
     for task, row in summary["tasks"].items():
-        rows.append({**columns, **more, "task": task, "score": round(row["score"], 4),
+        score = "" if row["score"] is None else round(row["score"], 4)  # none without a reference
+        rows.append({**columns, **more, "task": task, "score": score,
                      "success": row.get("success", "")})
     return rows
 

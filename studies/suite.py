@@ -5,8 +5,8 @@
     python -m studies.suite --cost                   parameters, memory and speed by number of tasks
     python -m studies.suite --weights DATA           which steps weights by returns weigh
 
-A group of tasks, such as metaworld:10, is one data set and one model. What stands behind `--` is
-for train.py. `prepare.py suite` makes the data that is not there.
+A group of tasks, such as metaworld:10, or all, is one data set and one model. What stands behind
+`--` is for train.py. `prepare.py suite` makes the data that is not there.
 """
 
 import math
@@ -55,8 +55,8 @@ def signed_rank(differences):
 
 
 def by_task(rows, algo):
-    """{task: (mean score, mean success or None)} over seeds"""
-    found = {}
+    """{task: (mean score, mean success or None)} over seeds; without tasks that have no score"""
+    found, rows = {}, [row for row in rows if row["score"] is not None]
     for task in dict.fromkeys(row["task"] for row in rows):
         mine = [row for row in rows if row["task"] == task and row["algo"] == algo]
         if mine:
@@ -67,22 +67,33 @@ def by_task(rows, algo):
 
 
 def show(table):
-    for domain in dict.fromkeys(row["domain"] for row in table.rows()):
-        rows = [row for row in table.rows() if row["domain"] == domain]
-        scores = {algo: by_task(rows, algo) for algo in SHOWN}
-        lines = []
-        for algo, found in scores.items():
-            if not found:
-                continue
-            successes = [success for _, success in found.values() if success is not None]
-            success = f"{np.mean(successes):.0%}" if successes else ""
-            means = [score for score, _ in found.values()]
-            seeds = len({row["seed"] for row in rows if row["algo"] == algo})
-            lines.append([algo, seeds, len(found), f"{np.mean(means):.3f}", f"{iqm(means):.3f}", success,
-                          *above(found, scores["bc"]), *above(found, scores["rwr"])])
-        print(f"\n{domain}\n")
-        print_table(["algo", "seeds", "tasks", "mean score", "IQM", "success", "above bc on", "p",
-                     "above rwr on", "p"], lines)
+    """A table of each group; and where its tasks are of several domains, one of each domain."""
+    for group in dict.fromkeys(row["domain"] for row in table.rows()):
+        rows = [row for row in table.rows() if row["domain"] == group]
+        show_rows(group, rows)
+        domains = [suite.TABLE[row["task"]].domain for row in rows]
+        if len(set(domains)) > 1:
+            for domain in dict.fromkeys(domains):
+                of_domain = [row for row, other in zip(rows, domains) if other == domain]
+                show_rows(f"{group}: {domain}", of_domain)
+
+
+def show_rows(title, rows):
+    scores = {algo: by_task(rows, algo) for algo in SHOWN}
+    lines = []
+    for algo, found in scores.items():
+        if not found:
+            continue
+        successes = [success for _, success in found.values() if success is not None]
+        success = f"{np.mean(successes):.0%}" if successes else ""
+        means = [score for score, _ in found.values()]
+        seeds = len({row["seed"] for row in rows if row["algo"] == algo})
+        averages = f"{np.mean(means):.3f}", f"{iqm(means):.3f}", success
+        lines.append([algo, seeds, len(found), *averages, *above(found, scores["bc"]),
+                      *above(found, scores["rwr"])])
+    print(f"\n{title}\n")
+    print_table(["algo", "seeds", "tasks", "mean score", "IQM", "success", "above bc on", "p",
+                 "above rwr on", "p"], lines)
 
 
 def above(found, others):
@@ -159,7 +170,7 @@ def print_cost(sizes):
     torch.set_num_threads(1)
     head = ["tasks", "count", "maps", "parameters", "of these maps", "updates a CPU-second",
             "peak memory, GB"]
-    groups = (["metaworld:10"], ["metaworld"], ["dm_control"], list(suite.PACKAGES))
+    groups = (["metaworld:10"], ["metaworld"], ["dm_control"], ["all"])
     for size in sizes:
         print(f"\n{size}\n")
         lines = [cost(texts, size, shares) for texts in groups for shares in (True, False)]

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import gymnasium
@@ -62,6 +63,7 @@ def test_each_row_can_be_used():
 
 @pytest.mark.parametrize("texts, count, first, last", [
     (None, 132, "HalfCheetah-v5", "AntMaze_MediumDense-v5"),
+    (["all"], 132, "HalfCheetah-v5", "AntMaze_MediumDense-v5"),
     (["metaworld:10"], 10, "metaworld-reach", "metaworld-window-close"),
     (["metaworld"], 50, "metaworld-reach", "metaworld-sweep"),
     (["Hopper-v5", "gymnasium:2"], 2, "Hopper-v5", "HalfCheetah-v5"),  # none twice
@@ -314,15 +316,18 @@ def test_an_unknown_task_is_one_line(module, tmp_path):
 
 def test_the_study_counts_the_tasks_where_one_is_above_another(tmp_path, capsys):
     table = Table("suite", COLUMNS, KEY, tmp_path)
-    for algo, scores in ("bc", [0.1, 0.2, 0.9]), ("pac", [0.3, 0.4, 0.5]):
-        for task, score in zip("abc", scores):
-            success = "" if task == "a" else float(score > 0.5)
-            table.append([{"domain": "metaworld:3", "task": task, "algo": algo, "seed": 0,
-                           "episodes": 1, "score": score, "success": success}])
+    tasks = "Hopper-v5", "metaworld-push", "metaworld-reach", "metaworld-sweep"
+    for algo, scores in ("bc", [0.1, 0.2, 0.9, ""]), ("pac", [0.3, 0.4, 0.5, ""]):
+        for task, score in zip(tasks, scores):
+            success = "" if task == "Hopper-v5" or score == "" else float(score > 0.5)
+            table.append([{"domain": "all", "task": task, "algo": algo, "seed": 0, "episodes": 1,
+                           "score": score, "success": success}])
     show(table)
     said = capsys.readouterr().out
     assert "| bc | 1 | 3 | 0.400 | 0.400 | 50% | 0 of 3 | 1 | 0 of 0 | 1 |" in said
     assert "| pac | 1 | 3 | 0.400 | 0.400 | 0% | 2 of 3 |" in said
+    assert "all: gymnasium" in said and "| pac | 1 | 1 | 0.300 | 0.300 |  | 1 of 1 |" in said
+    assert "all: metaworld" in said and "| pac | 1 | 2 | 0.450 | 0.450 | 0% | 1 of 2 |" in said
 
 
 def test_what_weights_by_returns_weigh(tmp_path, capsys):
@@ -395,7 +400,7 @@ def test_a_table_without_rows_is_named_and_no_figure_drawn(tmp_path, monkeypatch
 def test_the_old_merit_is_a_flag_of_a_runs_name(tmp_path, monkeypatch):
     """`pac_return` is `pac` with --merit return, and keeps a name of its own in the table."""
     asked = []
-    summary = {"iqm": 1.0, "episodes": 2, "tasks": {"a": {"score": 1.0}}}
+    summary = {"iqm": 1.0, "episodes": 2, "failed": [], "tasks": {"a": {"score": 1.0}}}
     monkeypatch.setattr(ladder, "result_of", lambda path, command: asked.append(command) or summary)
     monkeypatch.setattr(Table, "keep_config", lambda *_: None)
     table = ladder.study1(tmp_path)
@@ -405,6 +410,22 @@ def test_the_old_merit_is_a_flag_of_a_runs_name(tmp_path, monkeypatch):
     assert old[old.index("--algo") + 1] == new[new.index("--algo") + 1] == "pac"
     assert old[old.index("--merit") + 1] == "return" and "--merit" not in new
     assert [row["algo"] for row in table.rows()] == ["pac_return", "pac"]
+
+
+def test_a_task_without_a_reference_has_a_row_and_no_score(tmp_path, capsys):
+    table = Table("suite", COLUMNS, KEY, tmp_path)
+    tasks = {"Hopper-v5": {"score": 0.5}, "dm-lqr-lqr_2_1": {"score": None}}
+    summary = {"iqm": 0.5, "episodes": 2, "failed": ["one"], "tasks": tasks}
+    table.append(ladder.rows_of(summary, table, ("all", "pac", 0)))
+    assert [row["score"] for row in table.rows()] == [0.5, None]
+    assert "IQM 0.500, episodes failed: 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("code, stops", [(0, False), (3, False), (2, True), (1, True)])
+def test_a_study_goes_on_after_failed_episodes_alone(tmp_path, code, stops):
+    """Exit code 3: the run was trained, and some episodes of its evaluation failed."""
+    with pytest.raises(subprocess.CalledProcessError) if stops else nullcontext():
+        ladder.call(["-c", f"raise SystemExit({code})"], tmp_path / "log")
 
 
 def test_a_runs_folder_of_another_recipe_is_not_taken_for_this_one(tmp_path):
