@@ -295,7 +295,8 @@ def main():
             print(f"\n{part}: mean ± standard deviation over seeds\n")
             print_scores(methods, tasks_of(part))
             panels[part] = {name: iqm_interval(matrix) for name, matrix in methods.items()}
-    drawn = [name for name in SHOWN if any(name in methods for methods in panels.values())]
+    drawn = [name for name in SHOWN if name not in BY_RETURN
+             and any(name in methods for methods in panels.values())]
     plots.ladder(panels, drawn, table.figure, "IQM over tasks and seeds, with its 95% interval")
     print(f"wrote {table.figure}")
 
