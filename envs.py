@@ -1,4 +1,4 @@
-"""The environments that data sets are of: described, made, timed and filmed.
+"""The environments that data sets are of: described, made, timed, filmed and played in.
 
 Beside `env_id` a task's meta.json may hold `env_args` (of the constructor), `max_episode_steps` and
 `wrappers`, where they differ from what the id is registered with. `make` builds that environment.
@@ -9,20 +9,23 @@ import ctypes.util
 import importlib.util
 import json
 import os
+import random
 import signal
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Dict, Tuple
 
-from data import FORMAT, LARGEST, DataError, flatten
+from data import FORMAT, HISTORY, LARGEST, DataError, Episode, flatten
 
 RENDER_SIZE = 256  # pixels, of a video's edge
 VIDEO_FPS = 25
+ENV_SECONDS = 60  # an environment that needs longer for one answer hangs; MuJoCo's need under 0.001
+LARGEST_RETURN = float(np.finfo(np.float32).max)
 KEPT = ("env_args", "max_episode_steps", "wrappers")  # of an environment, beside its id
 # Packages that register environments when they are imported, by how the ids begin.
 PACKAGES = {"dm_control/": "shimmy", "Meta-World/": "metaworld", "HalfCheetahGoal": "behaviors",
@@ -313,3 +316,106 @@ def write_video(path, frames):
     except ImportError:
         raise DataError(f"{path}: writing this format needs `pip install imageio imageio-ffmpeg`; "
                         "a .gif needs no more than requirements.txt") from None
+
+
+# ---------------------------------------------------------------- one episode
+
+class Play:
+    """One episode being played; if its environment raises, hangs or answers with what cannot be
+    learnt from, `failed` says so.
+
+    All that is random in it comes from its own seed: it is the same whatever is played beside it.
+    """
+
+    def __init__(self, index, number, meta, keep, render):
+        self.index, self.number, self.meta = index, number, meta
+        self.keep, self.render = keep, render
+        self.low = np.array(meta["action_low"], np.float32)
+        self.high = np.array(meta["action_high"], np.float32)
+        self.obs, self.action, self.reward, self.frames = [], [], [], []
+        self.seen = []  # the pictures that a model is given: the last ones, or all there were
+        self.terminated = self.live = False
+        self.env = self.failed = self.success = self.limit = None
+
+    total = property(lambda self: sum(self.reward))
+
+    def ask(self, function, *args):
+        """Call what calls the environment; if that fails, this episode ends."""
+        seed = int(self.rng.integers(2**32))  # of an environment that draws from what is global
+        random.seed(seed)
+        np.random.seed(seed)
+        try:
+            with time_limit(ENV_SECONDS):
+                function(*args)
+        except Exception as error:
+            self.failed = (f"{self.meta['name']}, episode {self.number}, step {len(self.reward)}: "
+                           f"{type(error).__name__}: {error}")
+            self.close()
+
+    def start(self, seed):
+        self.rng = np.random.default_rng([seed, self.index])
+        self.ask(self.reset, seed)
+
+    def reset(self, seed):
+        self.env = make(self.meta, self.render)
+        self.limit = self.env.spec.max_episode_steps if self.env.spec else None
+        self.observe(self.env.reset(seed=seed)[0])
+        self.live = True
+
+    def step(self, unit_action):
+        """unit_action (A,) in [-1, 1], padded"""
+        unit_action = unit_action[:len(self.low)]
+        self.ask(self.advance, self.low + (unit_action + 1) / 2 * (self.high - self.low))
+
+    def advance(self, action):
+        obs, reward, self.terminated, truncated, info = self.env.step(action)
+        self.reward.append(np.asarray(reward).item())
+        if not abs(self.total) <= LARGEST_RETURN:
+            raise ValueError(f"the return is {self.total}")
+        self.action.append(action)
+        self.observe(obs)
+        for name in ("success", "is_success"):
+            if name in info:
+                self.success = bool(self.success or np.any(info[name]))
+        if self.render and len(self.reward) % 2:
+            self.frames.append(picture(self.env))
+        if self.terminated or truncated:
+            self.close()
+
+    def observe(self, obs):
+        """Take an observation (O,); ValueError if it is anything else."""
+        obs, shape = np.array(obs, np.float32), (self.meta["obs_dim"],)
+        if obs.shape != shape or not np.isfinite(obs).all():
+            raise ValueError(f"an observation of shape {obs.shape} with {np.isfinite(obs).sum()} "
+                             f"finite numbers, expected {shape}")
+        if not self.keep:
+            self.obs.clear()
+            del self.seen[:-HISTORY + 1]
+        self.obs.append(obs)
+        if self.meta.get("frame"):
+            frame, shape = picture(self.env), tuple(self.meta["frame"])
+            if np.shape(frame) != shape:
+                raise ValueError(f"a picture of shape {np.shape(frame)}, expected {shape}")
+            self.seen.append(frame)
+
+    def history(self):
+        """The last pictures (HISTORY, height, width, channels). Before the first stands the first.
+        """
+        missing = HISTORY - len(self.seen)
+        return np.stack([self.seen[0]] * missing + self.seen[-HISTORY:])
+
+    def close(self):
+        """Let the environment go: many would fill the memory."""
+        env, self.env, self.live = self.env, None, False
+        with suppress(Exception), time_limit(ENV_SECONDS):
+            env.close()
+
+    def steps_left(self):
+        """How many steps a live episode can still take; 0 for an unknown number."""
+        return max(0, (self.limit or 0) - len(self.reward))
+
+    def episode(self):
+        """All of it if it was kept, otherwise the rewards alone."""
+        obs, action = (np.array(x, np.float32) for x in (self.obs, self.action))
+        frames = np.stack(self.seen) if self.seen else None
+        return Episode(obs, action, np.array(self.reward, np.float32), self.terminated, frames)

@@ -68,10 +68,8 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
 
 import json
-import random
 import re
 from collections import deque
-from contextlib import suppress
 from errno import EACCES, EPERM, EROFS
 from pathlib import Path
 
@@ -84,12 +82,11 @@ import parallel
 import plots
 import prepare
 from checkpoint import RunError, load_run
+from envs import Play
 from learner import improvement_weights
 from model import in_bf16
 
-ENV_SECONDS = 60  # an environment that needs longer for one answer hangs; MuJoCo's need under 0.001
 ALIVE = 100  # environments at once: one of Meta-World's takes 27 MB
-LARGEST = float(np.finfo(np.float32).max)  # of a return
 
 
 # ---------------------------------------------------------------- acting
@@ -133,107 +130,6 @@ def draws(model, how):
 
 
 # ---------------------------------------------------------------- roll-outs
-
-class Play:
-    """One episode being played; if its environment raises, hangs or answers with what cannot be
-    learnt from, `failed` says so.
-
-    All that is random in it comes from its own seed: it is the same whatever is played beside it.
-    """
-
-    def __init__(self, index, number, meta, keep, render):
-        self.index, self.number, self.meta = index, number, meta
-        self.keep, self.render = keep, render
-        self.low = np.array(meta["action_low"], np.float32)
-        self.high = np.array(meta["action_high"], np.float32)
-        self.obs, self.action, self.reward, self.frames = [], [], [], []
-        self.seen = []  # the pictures that a model is given: the last ones, or all there were
-        self.terminated = self.live = False
-        self.env = self.failed = self.success = self.limit = None
-
-    total = property(lambda self: sum(self.reward))
-
-    def ask(self, function, *args):
-        """Call what calls the environment; if that fails, this episode ends."""
-        seed = int(self.rng.integers(2**32))  # of an environment that draws from what is global
-        random.seed(seed)
-        np.random.seed(seed)
-        try:
-            with envs.time_limit(ENV_SECONDS):
-                function(*args)
-        except Exception as error:
-            self.failed = (f"{self.meta['name']}, episode {self.number}, step {len(self.reward)}: "
-                           f"{type(error).__name__}: {error}")
-            self.close()
-
-    def start(self, seed):
-        self.rng = np.random.default_rng([seed, self.index])
-        self.ask(self.reset, seed)
-
-    def reset(self, seed):
-        self.env = envs.make(self.meta, self.render)
-        self.limit = self.env.spec.max_episode_steps if self.env.spec else None
-        self.observe(self.env.reset(seed=seed)[0])
-        self.live = True
-
-    def step(self, unit_action):
-        """unit_action (A,) in [-1, 1], padded"""
-        unit_action = unit_action[:len(self.low)]
-        self.ask(self.advance, self.low + (unit_action + 1) / 2 * (self.high - self.low))
-
-    def advance(self, action):
-        obs, reward, self.terminated, truncated, info = self.env.step(action)
-        self.reward.append(np.asarray(reward).item())
-        if not abs(self.total) <= LARGEST:
-            raise ValueError(f"the return is {self.total}")
-        self.action.append(action)
-        self.observe(obs)
-        for name in ("success", "is_success"):
-            if name in info:
-                self.success = bool(self.success or np.any(info[name]))
-        if self.render and len(self.reward) % 2:
-            self.frames.append(envs.picture(self.env))
-        if self.terminated or truncated:
-            self.close()
-
-    def observe(self, obs):
-        """Take an observation (O,); ValueError if it is anything else."""
-        obs, shape = np.array(obs, np.float32), (self.meta["obs_dim"],)
-        if obs.shape != shape or not np.isfinite(obs).all():
-            raise ValueError(f"an observation of shape {obs.shape} with {np.isfinite(obs).sum()} "
-                             f"finite numbers, expected {shape}")
-        if not self.keep:
-            self.obs.clear()
-            del self.seen[:-data.HISTORY + 1]
-        self.obs.append(obs)
-        if self.meta.get("frame"):
-            picture, shape = envs.picture(self.env), tuple(self.meta["frame"])
-            if np.shape(picture) != shape:
-                raise ValueError(f"a picture of shape {np.shape(picture)}, expected {shape}")
-            self.seen.append(picture)
-
-    def history(self):
-        """The last pictures (HISTORY, height, width, channels). Before the first stands the first.
-        """
-        missing = data.HISTORY - len(self.seen)
-        return np.stack([self.seen[0]] * missing + self.seen[-data.HISTORY:])
-
-    def close(self):
-        """Let the environment go: many would fill the memory."""
-        env, self.env, self.live = self.env, None, False
-        with suppress(Exception), envs.time_limit(ENV_SECONDS):
-            env.close()
-
-    def steps_left(self):
-        """How many steps a live episode can still take; 0 for an unknown number."""
-        return max(0, (self.limit or 0) - len(self.reward))
-
-    def episode(self):
-        """All of it if it was kept, otherwise the rewards alone."""
-        obs, action = (np.array(x, np.float32) for x in (self.obs, self.action))
-        frames = np.stack(self.seen) if self.seen else None
-        return data.Episode(obs, action, np.array(self.reward, np.float32), self.terminated, frames)
-
 
 def rollout(model, metas, episodes, seed=0, how="improved", eta=2.0, keep=False, render=False,
             first=None):

@@ -22,7 +22,8 @@ import numpy as np
 import data
 import plots
 from behaviors import TASKS
-from eval import Play, summarise
+from envs import Play
+from eval import summarise
 from studies.ladder import (DRAWN, EPISODES, SEEDS, SHOWN_ROWS, Table, new_parser, points,
                             print_scores, study1)
 

@@ -6,7 +6,7 @@ import torch
 
 import prepare
 from checkpoint import RunError
-from eval import Play
+from envs import Play
 from model import Perceiver
 from studies import choice
 from studies.choice import COLUMNS, NUMBERS, SEED, WAYS, choose, iqms, play, scores_of

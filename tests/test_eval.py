@@ -19,7 +19,8 @@ import eval as evaluation
 import prepare
 import train
 from checkpoint import find_checkpoint, load_run
-from eval import ACTS, Play, act, evaluate, interval, iqm, normalise, rollout, summarise
+from envs import Play
+from eval import ACTS, act, evaluate, interval, iqm, normalise, rollout, summarise
 
 ROOT = Path(__file__).parent.parent
 HOPPER, REACHER = "Hopper-v5", "Reacher-v5"
@@ -174,7 +175,7 @@ def hang():
 def test_an_environment_that_raises_or_hangs_costs_its_own_episode(model, monkeypatch):
     faults = iter([nothing, crash, hang, nothing])
     monkeypatch.setattr(envs, "make", lambda meta, render: Faulty(next(faults)))
-    monkeypatch.setattr(evaluation, "ENV_SECONDS", 0.2)
+    monkeypatch.setattr(envs, "ENV_SECONDS", 0.2)
     meta = {"name": "a", "obs_dim": 3, "action_low": [-1.0, -1.0], "action_high": [1.0, 1.0]}
     start = time.monotonic()
     plays = rollout(model, [meta, None], 4, how="mean")

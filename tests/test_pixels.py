@@ -14,7 +14,7 @@ import prepare
 import train
 from checkpoint import RunError
 from data import HISTORY, DataError, Sampler
-from eval import Play
+from envs import Play
 from learner import SHIFT, Learner, settings_for, shifted
 from model import Perceiver, Pixels
 from tests.conftest import meta, numbered, task_meta, tiny

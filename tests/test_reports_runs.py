@@ -31,7 +31,8 @@ import plots
 import prepare
 import train
 from checkpoint import checkpoints, find_checkpoint, read_config
-from eval import Play, rollout, summarise
+from envs import Play
+from eval import rollout, summarise
 from learner import ALGORITHMS, LossSettings, settings_for
 from tests.test_checkpoint import in_child
 from tests.test_durable import at_update, kill
