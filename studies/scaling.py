@@ -34,7 +34,7 @@ from eval import act, draws, evaluate
 from kernels.categorical_projection import bellman_cross_entropy
 from kernels.graph import Graphs
 from learner import RISE, Learner, cloning_loss, settings_for
-from model import SIZES, ModelConfig, config_for, count_parameters
+from model import config_for, count_parameters
 from studies import print_table, scaling_fit, scaling_show
 from studies.ladder import Table, at_a_time, call
 from studies.scaling_fit import BATCH, HALF
