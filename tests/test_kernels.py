@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import attention as attending
 from kernels import categorical_projection as projection
@@ -432,6 +433,27 @@ def test_each_sample_goes_through_its_own_tasks_matrix(linear):
         [x[i, :, : heights[t]] @ maps[t] + bias[t] for i, t in enumerate(task.tolist())]
     )
     torch.testing.assert_close(linear(x, task, weight, bias, heights), by_hand)
+
+
+def test_a_dry_run_counts_the_work_of_maps_of_several_heights():
+    """Eight rows of each of two tasks: 12 features and 120, times 2 operations and 5 outputs."""
+
+    def operations(device):
+        task = torch.arange(16, device=device) // 8
+        x, scales = torch.zeros(16, 30, device=device), torch.ones(3, device=device)
+        weight, bias = torch.zeros(132, 5, device=device), torch.zeros(2, 5, device=device)
+        with FlopCounterMode(display=False) as counter:
+            task_linear(x, task, weight, bias, (12, 120), scales)
+        return counter.get_total_flops()
+
+    assert operations("cpu") == operations("meta") == 2 * 5 * 8 * (12 + 120)
+
+
+@pytest.mark.parametrize("heights", [(20, 8), (20, 8, 13), (24, 8, 8)])
+def test_maps_that_do_not_fit_are_refused(heights):
+    x, task, weight, bias, _, *tables = task_inputs((4,), 4, True)
+    with pytest.raises(ValueError, match="shapes of x, weight, bias and scales do not match"):
+        task_linear(x, task, weight, bias, heights, *tables)
 
 
 def test_project_by_hand():

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from model import (SIZES, Attention, Perceiver, Policy, Shared, config_for, count_parameters,
-                   for_each_sample, to_bins)
+from model import (SIZES, Attention, Perceiver, Policy, Scalars, Shared, config_for,
+                   count_parameters, for_each_sample, to_bins)
 from tests.conftest import meta, tiny
 
 
@@ -31,6 +31,16 @@ def test_padding_changes_nothing(model):
     junk = outputs(model, junk_obs, junk_action, task)
     for one, two in zip(outputs(model, obs, action, task), junk):
         torch.testing.assert_close(one, two)
+
+
+def test_a_tasks_map_is_as_high_as_its_features_and_starts_at_their_scale():
+    """So that its tokens are as large as those of a task with more scalars."""
+    torch.manual_seed(0)
+    encoder = Scalars((3, 30), tokens=8, width=64)
+    assert encoder.weight.shape == (4 * (3 + 30), 8 * 64)
+    narrow, wide = encoder.weight.split(encoder.heights)
+    assert narrow.std().item() == pytest.approx(12**-0.5, rel=0.05)
+    assert wide.std().item() == pytest.approx(120**-0.5, rel=0.05)
 
 
 @pytest.mark.parametrize("tasks", [1, 3])
