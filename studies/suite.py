@@ -88,11 +88,10 @@ def show_rows(title, rows):
         success = f"{np.mean(successes):.0%}" if successes else ""
         means = [score for score, _ in found.values()]
         seeds = len({row["seed"] for row in rows if row["algo"] == algo})
-        averages = f"{np.mean(means):.3f}", f"{iqm(means):.3f}", success
-        lines.append([algo, seeds, len(found), *averages, *above(found, scores["bc"]),
-                      *above(found, scores["rwr"])])
+        lines.append([algo, seeds, len(found), f"{iqm(means):.3f}", success,
+                      *above(found, scores["bc"]), *above(found, scores["rwr"])])
     print(f"\n{title}\n")
-    print_table(["algo", "seeds", "tasks", "mean score", "IQM", "success", "above bc on", "p",
+    print_table(["algo", "seeds", "tasks", "IQM", "success", "above bc on", "p",
                  "above rwr on", "p"], lines)
 
 

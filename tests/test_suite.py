@@ -324,10 +324,10 @@ def test_the_study_counts_the_tasks_where_one_is_above_another(tmp_path, capsys)
                            "score": score, "success": success}])
     show(table)
     said = capsys.readouterr().out
-    assert "| bc | 1 | 3 | 0.400 | 0.400 | 50% | 0 of 3 | 1 | 0 of 0 | 1 |" in said
-    assert "| pac | 1 | 3 | 0.400 | 0.400 | 0% | 2 of 3 |" in said
-    assert "all: gymnasium" in said and "| pac | 1 | 1 | 0.300 | 0.300 |  | 1 of 1 |" in said
-    assert "all: metaworld" in said and "| pac | 1 | 2 | 0.450 | 0.450 | 0% | 1 of 2 |" in said
+    assert "| bc | 1 | 3 | 0.400 | 50% | 0 of 3 | 1 | 0 of 0 | 1 |" in said
+    assert "| pac | 1 | 3 | 0.400 | 0% | 2 of 3 |" in said
+    assert "all: gymnasium" in said and "| pac | 1 | 1 | 0.300 |  | 1 of 1 |" in said
+    assert "all: metaworld" in said and "| pac | 1 | 2 | 0.450 | 0% | 1 of 2 |" in said
 
 
 def test_what_weights_by_returns_weigh(tmp_path, capsys):
