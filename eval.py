@@ -19,7 +19,7 @@ import signal
 import sys
 
 # The ways to act, see `act`, and how many actions each draws at a state.
-ACTS = {"improved": 64, "mean": 0, "mode": 0, "sample": 1, "best": 16}
+ACTS = {"improved": 64, "mean": 0, "sharpened": 0, "mode": 0, "sample": 1, "best": 16}
 EPISODES = 20
 EPISODES_FAILED = 3  # exit code
 VIDEOS = (".gif", ".mp4")
@@ -100,6 +100,7 @@ def act(model, obs, task, how, eta=2.0, noise=None, frames=None):
     improved   the mean of pi_imp: the mean of 64 draws from the sharpened policy, weighted by
                exp(Q / eta), eta in units of Q's spread [ours]
     mean, mode of each dimension's bins
+    sharpened  the mean of the sharpened policy: improved, without Q
     sample     a draw
     best       of 16 draws from the sharpened policy, that of the highest Q
     """
@@ -108,6 +109,8 @@ def act(model, obs, task, how, eta=2.0, noise=None, frames=None):
         policy = model.policy(latents, task)
     if how == "mean":
         return policy.mean()
+    if how == "sharpened":
+        return policy.sharpen().normalised().mean()
     if how == "mode":
         return policy.mode()
     if noise is None:

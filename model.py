@@ -499,6 +499,10 @@ class Policy:
         """
         return Policy(power * self.log_components, power * self.log_bins, self.mask)
 
+    def normalised(self):
+        return Policy(torch.log_softmax(self.log_components, dim=-1),
+                      torch.log_softmax(self.log_bins, dim=-1), self.mask)
+
 
 def to_bins(action, bins):
     """action (...) in [-1, 1] -> the index (...) of its bin among `bins` equal ones"""

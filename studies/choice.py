@@ -28,7 +28,7 @@ from studies.ladder import Table
 # (act, eta) of the candidates. The recipe's own is the first: it is taken where nothing is seen, or
 # where several are level.
 WAYS = [("improved", "2"), ("improved", "0.5"), ("improved", "1"), ("improved", "4"),
-        ("improved", "8"), ("mean", ""), ("best", "")]
+        ("improved", "8"), ("sharpened", ""), ("mean", ""), ("best", "")]
 SEEN = (0, 1, 2, 4, 8, 16)  # K
 EPISODES, SEED = 32, 50  # no other evaluation has this seed
 REPEATS = 2000

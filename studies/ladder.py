@@ -249,11 +249,13 @@ def add_choices(parser, name, groups, algos):
 
 BY_RETURN = ("rwr_return", "one_step_return", "pacv_return", "pac_return")  # --merit return
 ALGOS = ("bc", "filtered_bc", "rwr", "bc_q", "one_step", "pac_paper", "pacv", "pac", *BY_RETURN)
-# Played too: is it the critic, or the policy?
-OTHER_ACTS = {"bc_q": "improved"}
+# Played too. pi_imp is made of draws from the sharpened policy: what of its lead is Q, what is
+# the sharpening? A clone acts by that as well.
+OTHER_ACTS = {"bc": "sharpened", "filtered_bc": "sharpened", "rwr": "sharpened",
+              "bc_q": "improved"}
 # First those that take all of the data alike, then those that choose or weigh it.
-SHOWN = ("bc", "bc_q-improved", "pac_paper", "filtered_bc", "rwr", "one_step", "pacv", "pac",
-         *BY_RETURN)
+SHOWN = ("bc", "bc-sharpened", "bc_q-improved", "pac_paper", "filtered_bc",
+         "filtered_bc-sharpened", "rwr", "rwr-sharpened", "one_step", "pacv", "pac", *BY_RETURN)
 # The parts of the default data; and tasks that no choice of the recipe has seen, with data that is
 # made as `switching` is. One of them has a sparse reward.
 DATA = {part: Path("datasets", part) for part in PARTS}

@@ -74,6 +74,17 @@ def test_improved_and_best_follow_q(model):
     assert first("best") > first("improved")
 
 
+def test_sharpened_is_improved_without_q(model):
+    """The mean of so many draws, 64 for each of 2,000 rows of one state, is that of the policy."""
+    model.q = lambda latents, action, task: torch.zeros(*action.shape[:2], model.config.atoms)
+    model.policy_head[-1].weight.data.mul_(20)  # far from uniform, whose mean is 0 anyhow
+    obs, task = torch.ones(2000, 5), torch.zeros(2000, dtype=torch.long)
+    drawn = act(model, obs, task, "improved").mean(0)
+    sharpened = act(model, obs[:1], task[:1], "sharpened")[0]
+    torch.testing.assert_close(drawn, sharpened, atol=0.01, rtol=0)
+    assert (sharpened - act(model, obs[:1], task[:1], "mean")[0]).abs().max() > 0.03
+
+
 # ---------------------------------------------------------------- statistics
 
 def test_iqm_by_hand():
