@@ -179,10 +179,10 @@ def call(command, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, *map(str, command)]
     with open(path, "a") as log:
-        done = subprocess.run(command, stdout=log, stderr=log,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if done.returncode != EPISODES_FAILED:
-        done.check_returncode()
+        ran = subprocess.run(command, stdout=log, stderr=log,
+                             env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if ran.returncode != EPISODES_FAILED:
+        ran.check_returncode()
 
 
 def at_a_time(workers, work, jobs):
