@@ -89,9 +89,9 @@ def chosen(texts):
     all.
     """
     names = []
-    for text in PACKAGES if texts in (None, ["all"]) else texts:
+    for text in texts or ["all"]:
         domain, _, count = text.partition(":")
-        found = [row.task for row in TABLE.values() if row.domain == domain]
+        found = [row.task for row in TABLE.values() if domain in (row.domain, "all")]
         if text in TABLE:
             found, count = [text], ""
         if not found:

@@ -28,8 +28,8 @@ from studies.ladder import OTHER_ACTS, Table, at_a_time, new_parser, train
 
 ALGOS = ("bc", "filtered_bc", "rwr", "bc_q", "one_step", "pac_paper", "pac",
          "rwr_return", "pac_return")
-SHOWN = ("bc", "bc-sharpened", "filtered_bc", "rwr", "rwr-sharpened", "bc_q", "bc_q-improved",
-         *ALGOS[4:])
+SHOWN = ("bc", "bc-sharpened", "filtered_bc", "filtered_bc-sharpened", "rwr", "rwr-sharpened",
+         "bc_q", "bc_q-improved", *ALGOS[4:])
 COLUMNS = ("domain", "task", "algo", "seed", "episodes", "score", "success")
 KEY = ("domain", "algo", "seed")  # "domain" is a group of tasks, such as metaworld:10
 EPISODES = 10

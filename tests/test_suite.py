@@ -64,6 +64,7 @@ def test_each_row_can_be_used():
 @pytest.mark.parametrize("texts, count, first, last", [
     (None, 132, "HalfCheetah-v5", "AntMaze_MediumDense-v5"),
     (["all"], 132, "HalfCheetah-v5", "AntMaze_MediumDense-v5"),
+    (["metaworld:1", "all"], 132, "metaworld-reach", "AntMaze_MediumDense-v5"),
     (["metaworld:10"], 10, "metaworld-reach", "metaworld-window-close"),
     (["metaworld"], 50, "metaworld-reach", "metaworld-sweep"),
     (["Hopper-v5", "gymnasium:2"], 2, "Hopper-v5", "HalfCheetah-v5"),  # none twice
