@@ -130,7 +130,9 @@ def test_torchrun_on_an_unchanged_command(small_data, tmp_path):
     train.main(["--out", str(tmp_path / "one"), *flags])
     for name, shard in (("ddp", "--no-shard"), ("fsdp", "--shard")):
         out = tmp_path / name
-        subprocess.run([*torchrun, shard, "--out", str(out), *flags], cwd=ROOT, check=True)
+        ranks = subprocess.run([*torchrun, shard, "--out", str(out), *flags], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert ranks.returncode == 0, ranks.stdout[-4000:]
         assert_same_log(log(tmp_path / "one"), log(out))
 
 

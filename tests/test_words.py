@@ -157,11 +157,11 @@ def test_what_an_episode_came_to(hand, puck, expected):
 
 def test_the_tables_average_over_tasks_and_scenes(capsys):
     def row(task, told, words, success, push=""):
-        done = {"reach": "", "push": "", "lift": "", "none": ""}
+        came_to = {"reach": "", "push": "", "lift": "", "none": ""}
         if push != "":
-            done = {"reach": 0, "push": push, "lift": 0, "none": 1 - push}
+            came_to = {"reach": 0, "push": push, "lift": 0, "none": 1 - push}
         return {"algo": "pac", "seed": 0, "task": task, "told": told, "words": words,
-                "success": success, **done}
+                "success": success, **came_to}
 
     words.show([row("push", "own", "push it", 1.0, 0.8), row("push", "held out", "shove", 0.5, 1),
                 row("push", "reach", "go there", 0.1, 0.2), row("reach", "own", "go there", 0.6, 0),
