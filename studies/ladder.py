@@ -7,7 +7,7 @@
 
 What stands behind `--` is for train.py.
 
-A run that was killed goes on from its checkpoint. One that is in the table is not made again.
+A run that was killed goes on from its checkpoint. One whose rows are in the table is not made again.
 """
 
 import argparse
@@ -207,7 +207,10 @@ def rows_of(summary, table, job, **more):
 
 
 def train(table, job, data, flags, other_act=None):
-    """One run of train.py to its end, and its rows in the table. job: group, algorithm, seed"""
+    """One run of train.py to its end, and those of its rows that the table lacks.
+
+    job: group, algorithm, seed. other_act: another way to act, by which it is played as well
+    """
     group, algo, seed = job
     run = table.runs / f"{group}-{algo}-{seed}"
     if algo in BY_RETURN:
@@ -221,9 +224,24 @@ def train(table, job, data, flags, other_act=None):
         command = ["eval.py", run, "--act", other_act, "--seed", seed + 1,
                    "--episodes", summary["episodes"]]
         summary = result_of(run / f"eval-{other_act}.json", command)
-        rows += rows_of(summary, table, (group, f"{algo}-{other_act}", seed))
-    table.append(rows)
+        rows += rows_of(summary, table, played_otherwise(job, other_act))
+    table.append([row for row in rows if table.missing([tuple(row[key] for key in table.key)])])
     table.keep_config(run)
+
+
+def played_otherwise(job, act):
+    """The key of the rows of a run that was played by another way to act."""
+    group, algo, seed = job
+    return group, f"{algo}-{act}", seed
+
+
+def unfinished(table, jobs, other_acts):
+    """Those of the jobs that lack a row, in either way to act. other_acts: an algorithm's"""
+    def rows(job):
+        act = other_acts.get(job[1])
+        return [job, played_otherwise(job, act)] if act else [job]
+
+    return [job for job in jobs if table.missing(rows(job))]
 
 
 def new_parser(doc):
@@ -284,7 +302,7 @@ def main():
     if not args.table:
         wanted = [(part, algo, seed)
                   for seed in args.seeds for part in args.part for algo in args.algo]
-        jobs = table.missing(wanted)
+        jobs = unfinished(table, wanted, OTHER_ACTS)
         for part in {part for part, _, _ in jobs}:
             prepare.build(DATA[part].parent, [DATA[part].name], tasks_of(part))
         at_a_time(args.workers, work, jobs)

@@ -24,7 +24,7 @@ from eval import iqm
 from learner import Learner, LossSettings, settings_for
 from model import SIZES, config_for, count_parameters
 from studies import print_table
-from studies.ladder import OTHER_ACTS, Table, at_a_time, new_parser, train
+from studies.ladder import OTHER_ACTS, Table, at_a_time, new_parser, train, unfinished
 
 ALGOS = ("bc", "filtered_bc", "rwr", "bc_q", "one_step", "pac_paper", "pac",
          "rwr_return", "pac_return")
@@ -210,7 +210,7 @@ def main():
     if not args.table:
         wanted = [(group, algo, seed)
                   for seed in args.seeds for group in args.tasks for algo in args.algo]
-        jobs = table.missing(wanted)
+        jobs = unfinished(table, wanted, OTHER_ACTS)
         groups = list(dict.fromkeys(group for group, _, _ in jobs))
         try:
             names = suite.chosen(groups) if groups else []

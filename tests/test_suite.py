@@ -413,6 +413,24 @@ def test_the_old_merit_is_a_flag_of_a_runs_name(tmp_path, monkeypatch):
     assert [row["algo"] for row in table.rows()] == ["pac_return", "pac"]
 
 
+def test_a_run_that_lacks_its_other_rows_is_made_again_and_no_row_twice(tmp_path, monkeypatch):
+    """bc and rwr are played by two ways; a table may have the rows of the first alone."""
+    scores = {"eval.json": 0.5, "eval-sharpened.json": 0.6}
+    monkeypatch.setattr(ladder, "result_of", lambda path, _: {
+        "iqm": 1.0, "episodes": 2, "failed": [], "tasks": {"a": {"score": scores[path.name]}}})
+    monkeypatch.setattr(Table, "keep_config", lambda *_: None)
+    table = ladder.study1(tmp_path)
+    table.append([{"part": "levels", "algo": algo, "seed": 0, "task": "a", "score": 0.4}
+                  for algo in ("bc", "rwr", "rwr-sharpened", "pac")])
+    jobs = [("levels", algo, 0) for algo in ("bc", "rwr", "pac", "one_step")]
+    left = ladder.unfinished(table, jobs, ladder.OTHER_ACTS)
+    assert left == [("levels", "bc", 0), ("levels", "one_step", 0)]
+    ladder.train(table, left[0], tmp_path, [], "sharpened")
+    rows = [(row["algo"], row["score"]) for row in table.rows()]
+    assert rows == [("bc", 0.4), ("rwr", 0.4), ("rwr-sharpened", 0.4), ("pac", 0.4),
+                    ("bc-sharpened", 0.6)]
+
+
 def test_a_task_without_a_reference_has_a_row_and_no_score(tmp_path, capsys):
     table = Table("suite", COLUMNS, KEY, tmp_path)
     tasks = {"Hopper-v5": {"score": 0.5}, "dm-lqr-lqr_2_1": {"score": None}}
