@@ -198,21 +198,30 @@ def ladder(panels, rungs, path, title):
     save(figure, path)
 
 
-def against(methods, x_names, path, x_label, y_label):
-    """Lines over a few named conditions; methods: name -> {x: (centre, low, high)}"""
-    figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    for number, (method, points) in enumerate(methods.items()):
-        apart = 0.05 * (number - (len(methods) - 1) / 2)
-        places = np.array([x_names.index(x) for x in points]) + apart
-        centre, low, high = np.array(list(points.values())).T
-        ax.errorbar(places, centre, yerr=[centre - low, high - centre], label=method, linestyle="-",
-                    **style(number, len(methods)))
-    for y in (0, 1):
-        ax.axhline(y, color="grey", linewidth=0.8, linestyle=":")
-    ax.set_xticks(range(len(x_names)), x_names)
-    ax.set_xlabel(x_label)
-    ax.set_ylabel(y_label)
-    legend_below(figure, ax)
+def against(panels, x_names, path, x_label, y_label):
+    """Lines over a few named conditions, one panel beside the other.
+
+    panels: title -> {method: {x: (centre, low, high)}}
+    """
+    width = 6 if len(panels) == 1 else 2.6 * len(panels)
+    figure, axes = plt.subplots(1, len(panels), figsize=(width, 4), sharey=True, squeeze=False,
+                                layout="constrained")
+    names = list(dict.fromkeys(name for methods in panels.values() for name in methods))
+    for (title, methods), ax in zip(panels.items(), axes[0]):
+        for method, points in methods.items():
+            number = names.index(method)
+            apart = 0.05 * (number - (len(names) - 1) / 2)
+            places = np.array([x_names.index(x) for x in points]) + apart
+            centre, low, high = np.array(list(points.values())).T
+            ax.errorbar(places, centre, yerr=[centre - low, high - centre], label=method,
+                        linestyle="-", **style(number, len(names)))
+        for y in (0, 1):
+            ax.axhline(y, color="grey", linewidth=0.8, linestyle=":")
+        ax.set_xticks(range(len(x_names)), x_names)
+        ax.set_xlabel(x_label)
+        ax.set_title(title, fontsize=10)
+    axes[0, 0].set_ylabel(y_label)
+    legend_below(figure, axes[0, 0])
     save(figure, path)
 
 

@@ -1,16 +1,18 @@
-"""Study 2: d3rlpy's specialists, one for each task, beside PAC's one model: equal seconds a task.
+"""Study 2: d3rlpy's specialists, one for each task, beside PAC's one model, by time.
 
     pip install d3rlpy -r requirements.txt   in a virtual environment of its own
-    python -m studies.peers                  the runs that are missing, then table and figure
-    python -m studies.peers --table          no runs: table and figure from results/study2.csv
-
-PAC's scores are those of results/study1.csv.
+    python -m studies.peers                  the runs of a minute that are missing, then the tables
+    python -m studies.peers --minutes 1 5 15 --methods td3+bc iql --seeds 0 1      with more time
+    python -m studies.peers --minutes 5 15 --methods pac --seeds 0 1      and PAC, as often as long
+    python -m studies.peers --table          no runs: tables and figures from results/study2.csv
 
 TD3+BC, IQL and AWAC as d3rlpy's own reproductions set them, on the `switching` data that PAC's run
-trained on. A specialist may train, on one thread, for a seventh of the time that PAC's run took;
-loading the data does not count.
+trained on. A specialist trains on one thread, for minutes that are counted without loading and
+playing. PAC's own budget, 10,000 updates, is less than a minute a task on an undisturbed thread;
+with that its scores are those of results/study1.csv.
 """
 
+import json
 import os
 import time
 from multiprocessing import get_context
@@ -24,12 +26,17 @@ import plots
 from behaviors import TASKS
 from envs import Play
 from eval import summarise
-from studies.ladder import (DRAWN, EPISODES, SEEDS, SHOWN_ROWS, Table, new_parser, points,
-                            print_scores, study1)
+from studies import print_table
+from studies.ladder import (DRAWN, EPISODES, NUMBERS, SEEDS, SHOWN_ROWS, Table, at_a_time,
+                            new_parser, points, print_scores, result_of, start_or_resume, study1)
+from train import STEPS
 
-SECONDS = 60  # a task: PAC's 10,000 updates take about 7 minutes on an undisturbed thread
 DATA = "datasets/switching"
 METHODS = ("td3+bc", "iql", "awac")
+COLUMNS = ("method", "minutes", "seed", "task", "seconds", "score", "updates")
+MINUTES = (1, 5, 15)
+MARKS = tuple(map(str, MINUTES))
+LONG = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Swimmer-v5")  # get more than a minute
 CHUNK = 100  # updates between two looks at the clock
 
 
@@ -92,55 +99,120 @@ def play(algo, meta, seed):
 
 
 def run(job):
-    """A specialist -> its row of the table"""
-    (method, seed, name), seconds = job
+    """A specialist, played after so many minutes of training each -> its rows of the table"""
+    (method, seed, name), marks = job
     import d3rlpy
     import torch
     torch.set_num_threads(1)
     d3rlpy.seed(seed)
     task = data.Task(f"{DATA}/{name}")
     algo, fit = training(method, task)
-    updates, trained, began = 0, 0, time.monotonic()
-    while trained < seconds:
-        next(fit)
-        updates += CHUNK
-        trained = time.monotonic() - began
-    score = play(algo, {"name": name, **task.meta}, seed + 1)
-    return {"method": method, "seed": seed, "task": name, "seconds": round(trained, 1),
-            "score": round(score, 4), "updates": updates}
+    updates, trained, rows = 0, 0.0, []
+    for minutes in sorted(marks):
+        began = time.monotonic() - trained
+        while trained < 60 * minutes:
+            next(fit)
+            updates += CHUNK
+            trained = time.monotonic() - began
+        score = play(algo, {"name": name, **task.meta}, seed + 1)
+        rows.append({"method": method, "minutes": minutes, "seed": seed, "task": name,
+                     "seconds": round(trained, 1), "score": round(score, 4), "updates": updates})
+    return rows
 
 
-def main():
-    parser = new_parser(__doc__)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="of training, a task")
-    args = parser.parse_args()
-    columns = ("method", "seed", "task", "seconds", "score", "updates")
-    table = Table("study2", columns, ("method", "seed", "task"), args.folder)
-    if not args.table:
-        wanted = [(method, seed, task)
-                  for seed in args.seeds for method in args.methods for task in TASKS]
-        jobs = [(job, args.seconds) for job in table.missing(wanted)]
-        hours = len(jobs) * (args.seconds + 15) / args.workers / 3600
-        print(f"{len(jobs)} runs, {args.workers} at a time: about {hours:.1f} hours")
-        with get_context("spawn").Pool(args.workers, maxtasksperchild=1) as pool:
-            for row in pool.imap_unordered(run, jobs):
-                table.append([row])
+def run_specialists(table, jobs, workers):
+    """jobs: keys of the table's rows. Those of one specialist are one run."""
+    marks = {}
+    for method, minutes, seed, task in jobs:
+        marks.setdefault((method, seed, task), []).append(minutes)
+    hours = sum(max(some) for some in marks.values()) / workers / 60
+    print(f"{len(marks)} runs, {workers} at a time: about {hours:.1f} hours, and the episodes")
+    with get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
+        for rows in pool.imap_unordered(run, marks.items()):
+            table.append(rows)
+            for row in rows:
                 print(time.strftime("%H:%M"), *row.values(), flush=True)
 
-    table.need_rows()
-    methods = table.methods("method", METHODS)
-    methods |= study1().methods("algo", ("pac_before",), part="switching")
+
+def run_pac(table, minutes, seed):
+    """PAC with `minutes` times its default's updates -> rows of the table"""
+    folder = table.runs / f"pac-{minutes}-{seed}"
+    steps = minutes * STEPS["small"]
+    flags = ["--data", DATA, "--steps", steps, "--seed", seed, "--episodes", EPISODES]
+    summary = result_of(folder / "eval.json", ["train.py", *start_or_resume(folder, flags)])
+    last = (folder / "metrics.jsonl").read_text().splitlines()[-1]
+    seconds = json.loads(last)["seconds"] / len(TASKS)
+    table.append([{"method": "pac", "minutes": minutes, "seed": seed, "task": task,
+                   "seconds": round(seconds, 1), "score": round(row["score"], 4), "updates": steps}
+                  for task, row in summary["tasks"].items()])
+    table.keep_config(folder)
+
+
+# ---------------------------------------------------------------- what is shown
+
+def by_time(table):
+    """task -> {method: {minutes: (mean, least, most) over seeds}}, of the tasks in LONG"""
+    panels = {}
+    for task in LONG:
+        for method in (*METHODS, "pac"):
+            for minutes in MINUTES:
+                matrix = table.scores((task,), task=task, method=method, minutes=minutes)
+                if method == "pac" and minutes == 1:
+                    matrix = study1().scores((task,), task=task, algo="pac", part="switching")
+                if len(matrix):
+                    line = panels.setdefault(task, {}).setdefault(method, {})
+                    line[f"{minutes}"] = matrix.mean(), matrix.min(), matrix.max()
+    return panels
+
+
+def show_minute(table):
+    """The table and the figure of equal seconds a task."""
+    methods = table.methods("method", METHODS, minutes=1)
+    methods |= study1().methods("algo", ("pac",), part="switching")
     print_scores(methods)
     if len(methods) > 1:
         *specialists, pac = [matrix.mean(0) for matrix in methods.values()]
         level = (pac >= np.max(specialists, 0) - 0.02).sum()
         print(f"\nPAC: level with the best specialist, or better, on {level} of {len(TASKS)} tasks")
     drawn = {name: points(matrix) for name, matrix in methods.items()}
-    drawn["pac, one model"] = drawn.pop("pac_before")
+    drawn["pac, one model"] = drawn.pop("pac")
     plots.compare(drawn, SHOWN_ROWS, table.figure, DRAWN)
     print(f"wrote {table.figure}")
+
+
+def show_time(table):
+    """The table and the figure of scores by time."""
+    panels = by_time(table)
+    lines = [[task, method, *(f"{line[mark][0]:.2f}" if mark in line else "" for mark in MARKS)]
+             for task, methods in panels.items() for method, line in methods.items()]
+    print()
+    print_table(["task", "method", *(f"{mark} min" for mark in MARKS)], lines)
+    path = table.figure.with_name("study2_time.png")
+    plots.against(panels, MARKS, path, "minutes a task", "score: mean and range over seeds")
+    print(f"wrote {path}")
+
+
+def main():
+    parser = new_parser(__doc__)
+    parser.add_argument("--methods", nargs="+", choices=(*METHODS, "pac"), default=METHODS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--minutes", nargs="+", type=int, default=(1,), choices=MINUTES,
+                        help="of training, a task; more than one on four of the tasks")
+    args = parser.parse_args()
+    table = Table("study2", COLUMNS, ("method", "minutes", "seed", "task"), args.folder,
+                  {**NUMBERS, "minutes": int})
+    if not args.table:
+        wanted = [(method, minutes, seed, task)
+                  for seed in args.seeds for method in args.methods for minutes in args.minutes
+                  for task in (TASKS if minutes == 1 or method == "pac" else LONG)]
+        jobs = table.missing(wanted)
+        budgets = dict.fromkeys(job[1:3] for job in jobs if job[0] == "pac")
+        at_a_time(args.workers, lambda job: run_pac(table, *job), budgets)
+        if specialists := [job for job in jobs if job[0] != "pac"]:
+            run_specialists(table, specialists, args.workers)
+    table.need_rows()
+    show_minute(table)
+    show_time(table)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def main():
     spread = f"95% interval over {seeds} seeds" if seeds > 1 else "one seed"
     names = [f"{float(share):.0%}" for share in DATA]
     lines = {algo: line for algo, line in lines.items() if line}
-    plots.against(lines, names, table.figure, "share of expert steps in the data",
+    plots.against({"": lines}, names, table.figure, "share of expert steps in the data",
                   f"IQM of normalised scores, {spread}")
     print(f"\nwrote {table.figure}")
 

@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,7 +26,7 @@ from behaviors.measure import rollout
 from checkpoint import FORMAT
 from data import DataError, Episode, Task, append
 from learner import Learner, settings_for
-from studies import ladder
+from studies import ladder, peers
 from studies.ladder import Table
 from studies.suite import (COLUMNS, KEY, metas_of, print_weights, random_batch, show,
                            signed_rank)
@@ -383,6 +384,31 @@ def test_an_episode_ends_where_the_physics_breaks_down():
     assert env.step(None) == (1, 0.0, True, False, {})
     with pytest.raises(KeyError):
         env.step(None)
+
+
+# ---------------------------------------------------------------- studies.peers
+
+def test_a_specialist_is_played_at_each_mark_and_playing_takes_none_of_its_time(monkeypatch):
+    now = [0.0]
+
+    def fit():
+        while True:
+            now[0] += 8.0
+            yield
+
+    def play(algo, meta, seed):
+        now[0] += 1000.0
+        return now[0] / 10_000
+
+    monkeypatch.setitem(sys.modules, "d3rlpy", types.SimpleNamespace(seed=lambda _: None))
+    monkeypatch.setattr(peers.data, "Task", lambda folder: types.SimpleNamespace(meta={}))
+    monkeypatch.setattr(peers, "training", lambda method, task: (None, fit()))
+    monkeypatch.setattr(peers, "play", play)
+    monkeypatch.setattr(peers.time, "monotonic", lambda: now[0])
+    rows = peers.run((("iql", 0, "Hopper-v5"), [5, 1]))
+    assert [(row["minutes"], row["seconds"], row["updates"]) for row in rows] == [
+        (1, 64.0, 800), (5, 304.0, 3800)]  # chunks of 100 updates, eight seconds each
+    assert rows[0]["score"] == 0.1064
 
 
 # ---------------------------------------------------------------- tables of all studies
