@@ -1,7 +1,7 @@
 """How fast one robot acts: a step of the policy, from an observation to an action, on a CPU.
 
     python -m studies.latency                             a table, and results/latency.json
-    python -m studies.latency --sizes tiny small --compile no
+    python -m studies.latency --sizes tiny small --no-compile
 
 A model of the seven default tasks, with the weights it begins with, at a batch of 1 and on one
 thread. `improved` draws 64 actions and weighs them by Q, `mean` asks the policy alone. Compiled:
