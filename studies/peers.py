@@ -204,6 +204,7 @@ def main():
     if not args.table:
         wanted = [(method, minutes, seed, task)
                   for seed in args.seeds for method in args.methods for minutes in args.minutes
+                  if (method, minutes) != ("pac", 1)  # is study 1's
                   for task in (TASKS if minutes == 1 or method == "pac" else LONG)]
         jobs = table.missing(wanted)
         budgets = dict.fromkeys(job[1:3] for job in jobs if job[0] == "pac")
