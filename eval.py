@@ -377,6 +377,8 @@ def evaluate_run(run, args):
     has_q = settings["beta"] > 0 and settings.get("critic") != "v"
     if how in ("improved", "best") and not has_q:
         raise RunError(f"{run}: --act {how} needs a Q decoder, and {config['algo']} trains none")
+    if args.eta and how != "improved":
+        raise RunError(f"{run}: --eta is of --act improved, and this is to act by {how}")
     if args.instruction is not None:
         try:
             for index in range(len(metas)):

@@ -140,7 +140,7 @@ def rows(ax, names, methods, label=SCORE):
         offset = 0.8 * (0.5 - (number + 0.5) / len(methods))
         places = [len(names) - 1 - k + offset for k, point in enumerate(points) if point]
         centre, low, high = np.array([point for point in points if point]).T
-        ax.errorbar(centre, places, xerr=[centre - low, high - centre], label=method,
+        ax.errorbar(centre, places, xerr=arms(centre, low, high), label=method,
                     **style(number, len(methods)))
     for x in (0, 1):
         ax.axvline(x, color="grey", linewidth=0.8, linestyle=":")
@@ -151,13 +151,21 @@ def rows(ax, names, methods, label=SCORE):
     ax.set_xlabel(label)
 
 
+def arms(centre, low, high):
+    """An error bar's arms, downwards and upwards. A mean of equal numbers may lie beside them, by
+    rounding, and no arm may be negative."""
+    return np.maximum([centre - low, high - centre], 0)
+
+
 def style(number, count):
     """How one of several methods is drawn."""
     return dict(fmt=MARKERS[number % len(MARKERS)], color=shade(number, count), capsize=2,
                 markersize=5, linewidth=2.2 if number == count - 1 else 1.2)
 
 
-def legend_below(figure, ax):
+def legend_below(figure, axes):
+    """The legend of the panel that has the most lines."""
+    ax = max(axes, key=lambda ax: len(ax.get_legend_handles_labels()[0]))
     handles, labels = ax.get_legend_handles_labels()
     columns = min(4, len(labels))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
@@ -169,7 +177,7 @@ def compare(methods, names, path, title="", label=SCORE):
     figure, ax = plt.subplots(figsize=size, layout="constrained")
     rows(ax, names, methods, label)
     figure.suptitle(title, fontsize=10)
-    legend_below(figure, ax)
+    legend_below(figure, [ax])
     save(figure, path)
 
 
@@ -183,11 +191,11 @@ def ladder(panels, rungs, path, title):
     for (name, found), ax in zip(panels.items(), axes[0]):
         for place, rung in enumerate(reversed(rungs)):
             if rung in found:
-                centre, low, high = found[rung]
+                centre, low, high = np.array([found[rung]]).T
                 number = len(rungs) - 1 - place
-                ax.errorbar(centre, place, xerr=[[centre - low], [high - centre]],
+                ax.errorbar(centre, place, xerr=arms(centre, low, high),
                             **style(number, len(rungs)))
-                ax.annotate(f"{centre:.2f}", (centre, place), (0, 5), fontsize=7, ha="center",
+                ax.annotate(f"{centre[0]:.2f}", (centre[0], place), (0, 5), fontsize=7, ha="center",
                             textcoords="offset points")
         ax.set_yticks(range(len(rungs)), reversed(rungs))
         ax.set_ylim(-0.6, len(rungs) - 0.3)
@@ -213,7 +221,7 @@ def against(panels, x_names, path, x_label, y_label):
             apart = 0.05 * (number - (len(names) - 1) / 2)
             places = np.array([x_names.index(x) for x in points]) + apart
             centre, low, high = np.array(list(points.values())).T
-            ax.errorbar(places, centre, yerr=[centre - low, high - centre], label=method,
+            ax.errorbar(places, centre, yerr=arms(centre, low, high), label=method,
                         linestyle="-", **style(number, len(names)))
         for y in (0, 1):
             ax.axhline(y, color="grey", linewidth=0.8, linestyle=":")
@@ -221,7 +229,7 @@ def against(panels, x_names, path, x_label, y_label):
         ax.set_xlabel(x_label)
         ax.set_title(title, fontsize=10)
     axes[0, 0].set_ylabel(y_label)
-    legend_below(figure, axes[0, 0])
+    legend_below(figure, axes[0])
     save(figure, path)
 
 

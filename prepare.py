@@ -346,6 +346,22 @@ def build(folder=DATASETS, parts=PARTS, tasks=TASKS, transitions=TRANSITIONS, sh
         bar.update(total - bar.n)
 
 
+def there_already(folder, parts, tasks, transitions, discount=0.99):
+    """How many tasks of a data set `build` would leave as they are. DataError if one is not what is
+    asked for, as far as its meta.json says."""
+    found = [path for part in parts for task in tasks
+             if (path := Path(folder, part, task)).exists()]
+    for path in found:
+        meta = Task(path).meta
+        if meta["discount"] != discount:
+            raise DataError(f"{path} is there already, with a discount of {meta['discount']:g} and "
+                            f"not {discount:g}: choose another folder, or delete it")
+        if meta["transitions"] < transitions:
+            raise DataError(f"{path} is there already, with {meta['transitions']:,} transitions "
+                            f"and not {transitions:,}: choose another folder, or delete it")
+    return len(found)
+
+
 # ---------------------------------------------------------------- the commands
 
 
@@ -356,9 +372,12 @@ def run_build(args, source=collect):
     if not args.transitions:
         raise DataError("--transitions 0: there would be no data")
     shares = dict(zip(SHARES, args.shares))
+    left = there_already(args.out, args.part, args.tasks, args.transitions, args.discount)
     build(args.out, args.part, args.tasks, args.transitions, shares, args.seed, args.discount,
           source)
     print(f"the data is in {', '.join(str(args.out / part) for part in args.part)}")
+    if left:
+        print(f"{left} of its tasks were there already, and were left as they were")
 
 
 def run_suite(args):

@@ -73,7 +73,8 @@ RANGES = (
     ("above 0 and at most 1", lambda x: 0 < x <= 1, "top target_rate"),
     ("above 0", lambda x: 0 < x < math.inf, "eta learning_rate weights"),
     ("0 or more", lambda x: 0 <= x < math.inf,
-     "beta focus max_grad_norm episodes eval_every save_every log_every"),
+     "beta max_grad_norm episodes eval_every save_every log_every"),
+    ("from 0 to 40", lambda x: 0 <= x <= 40, "focus"),  # exp(2 focus) is to be a float32
     ("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32, "seed"),
     ("1 or more", lambda x: x >= 1,
      "steps batch_size eval_episodes keep threads accumulate n_step"),
@@ -109,6 +110,11 @@ def algorithm(name):
     if name in renamed:
         raise argparse.ArgumentTypeError(f"{name!r} is called {renamed[name]!r} now")
     return name
+
+
+def steps_of(size):
+    """The updates of a run by default."""
+    return STEPS.get(size, 100_000)
 
 
 TYPES = {"str": str, "int": int, "float": float}
@@ -223,7 +229,7 @@ def check(config, settings):
     if config.batch_size % (parallel.RANKS * config.accumulate):
         raise RunError(f"--batch-size {config.batch_size} cannot be divided among {parallel.RANKS} "
                        f"ranks in {config.accumulate} parts each")
-    if config.alphas and settings.beta == 0:
+    if config.alphas and (settings.beta == 0 or settings.warmup == 1):
         raise RunError(f"--alphas: {config.algo} only clones, so alpha changes nothing")
     if settings.beta == 0 and settings.alpha < 1:
         raise RunError(f"--beta 0 --alpha {settings.alpha:g}: without a critic there is nothing to "
@@ -248,14 +254,26 @@ def check(config, settings):
         raise RunError("--compile and --shard do not go together: choose one")
 
 
+def idle(settings):
+    """Settings that change nothing beside the others, and why: ({names}, reason)"""
+    if not settings.focus:
+        yield {"merit"}, "it says what --focus weighs by, and the focus is 0"
+    if settings.beta == 0:
+        yield {"critic", "eta", "samples", "n_step", "warmup"}, "without a critic there is cloning"
+    elif settings.warmup == 1:
+        yield ({"alpha", "n_step"}, "the warm-up is all of the run: the policy clones, and the "
+               "critic learns observed returns")
+
+
 def new_run(flags):
     """Flags -> (TrainConfig, LossSettings) of a new run."""
     config = TrainConfig(**flags.run)
     settings = settings_for(config.algo, **flags.loss)
-    if "merit" in flags.loss and not settings.focus:
-        raise RunError(f"--merit {settings.merit} says what --focus weighs by, and the focus is 0")
+    for names, why in idle(settings):
+        for name in sorted(flags.loss.keys() & names):
+            raise RunError(f"{flag(name)} {flags.loss[name]} changes nothing: {why}")
     config.data = config.data or [str(prepare.default_folder(config.size))]
-    config.steps = config.steps or STEPS.get(config.size, 100_000)
+    config.steps = config.steps or steps_of(config.size)
     config.threads = config.threads or (1 if config.size in ONE_THREAD else None)
     config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     config.out = config.out or f"runs/{config.algo}-{config.size}-{config.seed}"

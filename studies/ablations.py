@@ -22,7 +22,7 @@ from behaviors import PARTS, TASKS
 from checkpoint import read_config
 from model import Shared
 from studies import print_table
-from studies.ladder import (Table, at_a_time, cells, new_parser, result_of, rows_of,
+from studies.ladder import (Table, at_a_time, cells, new_parser, refuse_other, result_of, rows_of,
                             start_or_resume)
 
 COLUMNS = ("recipe", "data", "ablation", "updates", "episodes", "seed", "task", "score", "iqm")
@@ -133,14 +133,17 @@ ABLATIONS = {
 
 # ---------------------------------------------------------------- runs
 
-def run_here(name, part, seed, run, flags):
+def flags_of(name, part, seed, more):
+    """Of train.py."""
+    return ["--data", f"datasets/{part}", "--steps", UPDATES, "--seed", seed,
+            "--episodes", EPISODES, *ABLATIONS[name].flags, *more]
+
+
+def run_here(name, part, seed, run, more):
     """One run in this process, to its end."""
-    ablation = ABLATIONS[name]
-    for change in ablation.changes:
+    for change in ABLATIONS[name].changes:
         change()
-    flags = ["--data", f"datasets/{part}", "--steps", UPDATES, "--seed", seed,
-             "--episodes", EPISODES, *ablation.flags, *flags]
-    train.main(list(map(str, start_or_resume(run, flags))))
+    train.main(list(map(str, start_or_resume(run, flags_of(name, part, seed, more)))))
 
 
 def print_runs(table):
@@ -172,6 +175,7 @@ def main():
     def work(job):
         _, part, name, seed = job
         run = table.runs / f"{part}-{name}-{seed}"
+        refuse_other(run, flags_of(name, part, seed, args.flags))
         command = ["-m", "studies.ablations", "--only", name, "--part", part, "--seeds", seed,
                    "--here", run, "--", *args.flags]
         summary = result_of(run / "eval.json", command)

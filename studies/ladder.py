@@ -27,18 +27,19 @@ import numpy as np
 import plots
 import prepare
 from behaviors import PARTS, TASKS, UNSEEN
-from checkpoint import read_config
+from checkpoint import RunError, read_config
 from data import write_file
-from eval import EPISODES_FAILED, interval, iqm
+from eval import COUNT, EPISODES_FAILED, interval, iqm, shown
 from learner import settings_for
 from studies import RESULTS, print_table
-from train import parse_args
+from train import MAY_CHANGE, TrainConfig, parse_args, steps_of
 
 SEEDS = (0, 1, 2)
 EPISODES = 20  # a task and run
 NUMBERS = {"seed": int, "score": lambda text: float(text) if text else None}  # of most tables
 FILE_LOCK = RLock()  # several runs end at once
 SHOWN_ROWS = [*TASKS, "IQM"]
+DECIDE = ("data", "steps", "episodes")  # may change on --resume, and not between a study's runs
 DRAWN = "mean and range over seeds; IQM with its 95% interval"
 
 
@@ -78,10 +79,12 @@ class Table:
         """Add rows, without what is not among the columns."""
         with FILE_LOCK:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            new = not self.path.exists()
+            before = self.path.read_bytes() if self.path.exists() else b""
+            whole = before.rfind(b"\n") + 1  # a kill may have cut the last row
             with open(self.path, "a", newline="") as file:
+                file.truncate(whole)
                 writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
-                if new:
+                if not whole:
                     writer.writeheader()
                 writer.writerows(rows)
 
@@ -146,19 +149,29 @@ def print_scores(methods, tasks=TASKS):
 # ---------------------------------------------------------------- runs
 
 def start_or_resume(run, flags):
-    """Flags of train.py for a run, a new one or one that was killed."""
+    """Flags of train.py for a run, a new one or one that was killed, which has to be of the same
+    flags."""
+    refuse_other(run, flags)
     if (run / "config.json").exists():
         return ["--resume", run]
     return ["--out", run, "--eval-every", 0, "--threads", 1, "--no-verify", *flags]
 
 
 def refuse_other(run, flags):
-    """End the command if the run's folder is there, and of another recipe than these flags'."""
-    if (run / "config.json").exists():
-        asked = parse_args(list(map(str, flags)))
-        settings = asdict(settings_for(asked.run["algo"], **asked.loss))
-        if read_config(run)["settings"] != settings:
-            sys.exit(f"{run} is of another recipe than `{' '.join(map(str, flags))}`: move it away")
+    """RunError if the run's folder is there, and of other flags than these, which decide what it
+    comes to."""
+    asked = parse_args(list(map(str, flags)))
+    if not (run / "config.json").exists():
+        return
+    config, stored = TrainConfig(**asked.run), read_config(run)
+    config.steps = config.steps or steps_of(config.size)
+    different = asdict(settings_for(config.algo, **asked.loss)) != stored["settings"]
+    for name, value in asdict(config).items():
+        if name in DECIDE or name not in (*MAY_CHANGE, "out"):
+            different |= value != stored["train"][name]
+    if different:
+        raise RunError(f"{run} is of another recipe than `{' '.join(map(str, flags))}`: "
+                       "move it away")
 
 
 def result_of(path, command):
@@ -166,44 +179,65 @@ def result_of(path, command):
 
     Its output goes to a log beside the run's folder, which the summary is in.
     """
+    log = Path(f"{path.parent}.log")
     if not path.exists():
-        call(command, Path(f"{path.parent}.log"))
+        call(command, log)
+    if not path.exists():
+        raise RunError(f"a run has left no {path}; {log} says more")
     return json.loads(path.read_text())
 
 
 def call(command, path):
     """python COMMAND, in a process of one thread; its output goes to the end of the log `path`.
 
-    Episodes that failed are no reason to stop: the summary counts them.
+    Episodes that failed are no reason to stop: the summary counts them. RunError for other ends
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, *map(str, command)]
     with open(path, "a") as log:
         ran = subprocess.run(command, stdout=log, stderr=log,
                              env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if ran.returncode != EPISODES_FAILED:
-        ran.check_returncode()
+    if ran.returncode not in (0, EPISODES_FAILED):
+        raise RunError(f"a run has failed; {path} says why")
 
 
 def at_a_time(workers, work, jobs):
-    """work(job) for every job, several at a time, each on one thread."""
+    """work(job) for every job, several at a time, each on one thread.
+
+    One that fails by a RunError, which says why, stops no other; the command ends with 2 then.
+    """
+    failed = []
+
+    def attempt(job):
+        try:
+            work(job)
+        except RunError as error:
+            failed.append(job)
+            print(error, file=sys.stderr, flush=True)
+
     print(f"{len(jobs)} runs, {workers} at a time")
     with ThreadPoolExecutor(workers) as pool:
-        for future in [pool.submit(work, job) for job in jobs]:
+        for future in [pool.submit(attempt, job) for job in jobs]:
             future.result()
+    if failed:
+        sys.exit(2)
 
 
 def rows_of(summary, table, job, **more):
     """A row of the table for each task of a summary."""
     failed = f", episodes failed: {len(summary['failed'])}" if summary["failed"] else ""
-    print(time.strftime("%H:%M"), *job, f"IQM {summary['iqm']:.3f}{failed}", flush=True)
-    columns = dict(zip(table.key, job), episodes=summary["episodes"], iqm=round(summary["iqm"], 4))
+    print(time.strftime("%H:%M"), *job, f"IQM {shown(summary['iqm'])}{failed}", flush=True)
+    columns = dict(zip(table.key, job), episodes=summary["episodes"], iqm=rounded(summary["iqm"]))
     rows = []
     for task, row in summary["tasks"].items():
-        score = "" if row["score"] is None else round(row["score"], 4)  # none without a reference
-        rows.append({**columns, **more, "task": task, "score": score,
+        rows.append({**columns, **more, "task": task, "score": rounded(row["score"]),
                      "success": row.get("success", "")})
     return rows
+
+
+def rounded(score):
+    """As a table has it: nothing for a task without a reference."""
+    return "" if score is None else round(score, 4)
 
 
 def train(table, job, data, flags, other_act=None):
@@ -217,7 +251,6 @@ def train(table, job, data, flags, other_act=None):
         flags = ["--merit", "return", *flags]
     flags = ["--algo", algo.removesuffix("_return"), "--seed", seed, "--data", data,
              "--episodes", EPISODES, *flags]
-    refuse_other(run, flags)
     summary = result_of(run / "eval.json", ["train.py", *start_or_resume(run, flags)])
     rows = rows_of(summary, table, job)
     if other_act:
@@ -248,7 +281,7 @@ def new_parser(doc):
     """The flags that all studies have."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=2,
+    parser.add_argument("--workers", type=COUNT, default=2,
                         help="runs at a time, one thread each (default: %(default)s)")
     parser.add_argument("--table", action="store_true", help="no runs: only what is shown")
     parser.add_argument("--folder", type=Path, help="instead of runs/ and results/, for a trial")
@@ -318,6 +351,9 @@ def main():
     print("\nIQMs with --merit return, the recipe of 2026-11-26\n")
     print_table(["", *DATA], [[name, *(iqm_of(table, part, name) for part in DATA)]
                               for name in BY_RETURN])
+    if not panels:
+        print("\nno seed has a score for every task, by today's recipe: nothing is drawn")
+        return
     drawn = [name for name in SHOWN if any(name in methods for methods in panels.values())]
     plots.ladder(panels, drawn, table.figure, "IQM over tasks and seeds, with its 95% interval")
     print(f"wrote {table.figure}")

@@ -16,6 +16,7 @@ bytes that it moves at 3.35 TB/s.
 import argparse
 import json
 import platform
+import sys
 import time
 from datetime import date
 from pathlib import Path
@@ -94,20 +95,27 @@ def main():
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--seconds", type=float, default=3.0,
                         help="of CPU time a measurement (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "latency.json")
+    parser.add_argument("--out", type=Path, help="(default: results/latency.json, if it is whole)")
     args = parser.parse_args()
+    whole = args.compile and set(args.sizes) == set(SIZES)
+    out = args.out or (RESULTS / "latency.json" if whole else None)
+    if out and not out.parent.is_dir():
+        parser.error(f"--out {out}: there is no folder {out.parent}")
     torch.set_num_threads(1)
     rows = []
     for size in args.sizes:
         rows.append(measure(size, args.compile, args.seconds))
         if rows[-1]["ms"]["improved"][0] > ENOUGH * 1000 / HERTZ:
             break
-    written = {"command": "python -m studies.latency" + " --no-compile" * (not args.compile),
+    show(rows)
+    if out is None:
+        print("not written: it is a part of the table; --out FILE writes it")
+        return
+    written = {"command": " ".join(["python -m studies.latency", *sys.argv[1:]]),
                "date": str(date.today()), "machine": platform.machine(), "threads": 1, "batch": 1,
                "torch": torch.__version__, "rows": rows}
-    write_file(args.out, json.dumps(written, indent=1) + "\n")
-    show(rows)
-    print(f"wrote {args.out}")
+    write_file(out, json.dumps(written, indent=1) + "\n")
+    print(f"wrote {out}")
 
 
 def show(rows):
@@ -116,8 +124,9 @@ def show(rows):
         times = [f"{middle:.3g} ({late:.3g})" for middle, late in row["ms"].values()]
         lines.append([row["size"], f"{row['parameters']:,}", *times, row["h100_ms"]])
     print_table(["size", "parameters", *rows[0]["ms"], "H100, by arithmetic"], lines)
-    able = [row["size"] for row in rows if row["ms"]["improved"][1] <= 1000 / HERTZ]
-    print(f"the largest that acts at {HERTZ} Hz: {able[-1] if able else 'none'}")
+    able = [row for row in rows if row["ms"]["improved"][1] <= 1000 / HERTZ]
+    largest = max(able, key=lambda row: row["parameters"], default={"size": "none"})
+    print(f"the largest that acts at {HERTZ} Hz: {largest['size']}")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from eval import summarise
 from studies import print_table
 from studies.ladder import (DRAWN, EPISODES, NUMBERS, SEEDS, SHOWN_ROWS, Table, at_a_time,
                             new_parser, points, print_scores, result_of, start_or_resume, study1)
-from train import STEPS
+from train import steps_of
 
 DATA = "datasets/switching"
 METHODS = ("td3+bc", "iql", "awac")
@@ -137,7 +137,7 @@ def run_specialists(table, jobs, workers):
 def run_pac(table, minutes, seed):
     """PAC with `minutes` times its default's updates -> rows of the table"""
     folder = table.runs / f"pac-{minutes}-{seed}"
-    steps = minutes * STEPS["small"]
+    steps = minutes * steps_of("small")
     flags = ["--data", DATA, "--steps", steps, "--seed", seed, "--episodes", EPISODES]
     summary = result_of(folder / "eval.json", ["train.py", *start_or_resume(folder, flags)])
     last = (folder / "metrics.jsonl").read_text().splitlines()[-1]

@@ -67,13 +67,8 @@ def profiles_figure(rows, ways):
         ax.plot(found.budgets, found.best, color="0.75", linewidth=6, zorder=0, label="the best")
         ax.grid(color="0.9", linewidth=0.5)
     axes[0].set_ylabel("return (IQM of scores)")
-    plots.legend_below(figure, most_lines(axes))
+    plots.legend_below(figure, axes)
     return figure
-
-
-def most_lines(axes):
-    """The panel that has the most lines: its legend is that of all."""
-    return max(axes, key=lambda ax: len(ax.get_legend_handles_labels()[0]))
 
 
 def first_at(profile, level):
@@ -109,7 +104,7 @@ def optima_figure(rows, ways):
             ax.annotate(f"N_opt ∝ C^{line[0]:.2f}", (0.04, 0.92), xycoords="axes fraction")
         ax.set(xscale="log", yscale="log")
     axes[0].set_ylabel("parameters")
-    plots.legend_below(figure, most_lines(axes))
+    plots.legend_below(figure, axes)
     return figure
 
 
@@ -132,7 +127,7 @@ def losses_figure(rows, ways):
         column[2].set_xlabel("cloning loss")
     for ax, label in zip(axes[:, 0], ("cloning loss", "critic loss", "return")):
         ax.set_ylabel(f"{label}, held-out episodes" if ax is not axes[2, 0] else label)
-    plots.legend_below(figure, most_lines(axes[0]))
+    plots.legend_below(figure, axes[0])
     return figure
 
 
@@ -164,7 +159,7 @@ def data_figure(rows, ways):
             ax.set_ylabel(column.replace("_", " "))
     for ax in axes[-1]:
         ax.set_xlabel("updates")
-    plots.legend_below(figure, axes[0, 0])
+    plots.legend_below(figure, axes[0])
     return figure
 
 

@@ -216,6 +216,7 @@ def main():
             names = suite.chosen(groups) if groups else []
             suite.need(names)
             suite.need_levels(names)
+            prepare.there_already(data, ["switching"], names, args.transitions)
         except DataError as error:
             parser.error(error)
         prepare.build(data, ["switching"], names, args.transitions, source=suite)

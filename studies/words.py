@@ -24,7 +24,7 @@ from checkpoint import load_run
 from data import DataError
 from eval import rollout
 from studies import print_table
-from studies.ladder import Table, call, new_parser, start_or_resume
+from studies.ladder import Table, at_a_time, call, new_parser, start_or_resume
 
 GROUP = "metaworld:10"
 ALGOS = {  # flags of train.py
@@ -135,12 +135,16 @@ def main():
         except DataError as error:
             parser.error(error)
         prepare.build(data, ["switching"], names, 20_000, source=suite)
-        for algo, seed in table.missing([(a, s) for s in args.seeds for a in args.algo]):
+
+        def work(job):
+            algo, seed = job
             run = table.runs / f"{algo.replace(', ', '-').replace(' ', '-')}-{seed}"
             flags = [*ALGOS[algo], "--seed", seed, "--data", data / "switching", "--tasks",
                      *names, "--episodes", 0, *args.flags]
             call(["train.py", *start_or_resume(run, flags)], run.with_suffix(".log"))
             table.append(play(run, algo, seed))
+
+        at_a_time(args.workers, work, table.missing([(a, s) for s in args.seeds for a in args.algo]))
     table.need_rows()
     show(table.rows())
 

@@ -354,6 +354,8 @@ def test_bad_input_is_one_line(trained, tmp_path, capsys):
     ends_with(2, trained, "--tasks", "Ant-v5")
     message = f"no task 'Ant-v5'; it was trained on: {HOPPER}, {REACHER}"
     assert message in capsys.readouterr().err
+    ends_with(2, trained, "--act", "mean", "--eta", "3")
+    assert "--eta is of --act improved, and this is to act by mean" in capsys.readouterr().err
     config = json.loads((trained / "config.json").read_text())
     config["settings"]["critic"] = "v"
     (trained / "config.json").write_text(json.dumps(config))

@@ -46,6 +46,15 @@ def command(*flags):
 
 # ---------------------------------------------------------------- the numbers
 
+def test_a_mean_beside_its_range_by_rounding_has_an_arm_of_no_length():
+    scores = np.full(3, 0.1)
+    mean = scores.mean()
+    assert mean > scores.max()  # by the last bit
+    centre, low, high = np.array([[mean, 0.1, 0.1], [1.0, 0.5, 2.0]]).T
+    arms = plots.arms(centre, low, high)
+    assert arms.min() == 0 and arms[:, 1].tolist() == [0.5, 1.0]
+
+
 def test_a_scene_is_what_the_model_was_trained_on(run):
     """The steps of an episode are those that the sampler would give."""
     scene = plots.Scene(run, REACHER, episode=3)

@@ -291,6 +291,20 @@ def test_what_is_there_is_not_made_again(small_data, monkeypatch):
     prepare.build(small_data.parent, ["switching"], ["Hopper-v5", "Reacher-v5"])
 
 
+def test_a_build_says_what_it_left_and_refuses_data_that_is_not_as_asked(small_data, capsys):
+    flags = f"build --out {small_data.parent} --part switching --tasks Hopper-v5 Reacher-v5".split()
+    prepare.main([*flags, "--transitions", "2000"])
+    assert "2 of its tasks were there already, and were left as they were" in capsys.readouterr().out
+    for more, said in ((["--transitions", "2000", "--discount", "0.995"],
+                        "a discount of 0.99 and not 0.995"),
+                       (["--transitions", "200000"], "transitions and not 200,000")):
+        with pytest.raises(SystemExit) as ended:
+            prepare.main([*flags, *more])
+        assert ended.value.code == 2
+        assert f"{small_data}/Hopper-v5 is there already, with" in (err := capsys.readouterr().err)
+        assert said in err
+
+
 def test_only_the_default_folders_are_made_by_default(monkeypatch):
     made = []
     monkeypatch.setattr(prepare, "build", lambda *args: made.append(args))

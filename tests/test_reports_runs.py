@@ -288,7 +288,7 @@ def test_eval_json_is_replaced_by_a_full_evaluation_alone(trained, oddity, tmp_p
     score(trained, "--episodes", 4)
     full = (trained / "eval.json").read_text()
     for flags in (["--episodes", 1], ["--episodes", 1, "--tasks", "a", "--act", "sample"],
-                  ["--episodes", 4, "--eta", 0.5], ["--episodes", 5, "--tasks", *["a"] * 60],
+                  ["--episodes", 4, "--act", "mode"], ["--episodes", 5, "--tasks", *["a"] * 60],
                   ["--episodes", 1, "--video", tmp_path / "v.gif"]):
         assert score(trained, *flags) == 0
         assert (trained / "eval.json").read_text() == full, flags

@@ -23,7 +23,7 @@ import envs
 import prepare
 from behaviors import LEVELS, ars, controllers, search, suite, td3
 from behaviors.measure import rollout
-from checkpoint import FORMAT
+from checkpoint import FORMAT, RunError
 from data import DataError, Episode, Task, append
 from learner import Learner, settings_for
 from studies import ladder, peers
@@ -31,6 +31,7 @@ from studies.ladder import Table
 from studies.suite import (COLUMNS, KEY, metas_of, print_weights, random_batch, show,
                            signed_rank)
 from tests.conftest import task_meta, tiny
+from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 MEASURED = {row["task"] for row in suite.read("suite_levels.csv")}
@@ -464,22 +465,63 @@ def test_a_task_without_a_reference_has_a_row_and_no_score(tmp_path, capsys):
     table.append(ladder.rows_of(summary, table, ("all", "pac", 0)))
     assert [row["score"] for row in table.rows()] == [0.5, None]
     assert "IQM 0.500, episodes failed: 1" in capsys.readouterr().out
+    summary = {"iqm": None, "episodes": 2, "failed": [], "tasks": {"b": {"score": None}}}
+    table.append(ladder.rows_of(summary, table, ("all", "pac", 1)))
+    assert table.rows()[-1]["score"] is None
 
 
 @pytest.mark.parametrize("code, stops", [(0, False), (3, False), (2, True), (1, True)])
 def test_a_study_goes_on_after_failed_episodes_alone(tmp_path, code, stops):
     """Exit code 3: the run was trained, and some episodes of its evaluation failed."""
-    with pytest.raises(subprocess.CalledProcessError) if stops else nullcontext():
+    with pytest.raises(RunError, match="log says why") if stops else nullcontext():
         ladder.call(["-c", f"raise SystemExit({code})"], tmp_path / "log")
+
+
+def test_a_run_that_fails_stops_no_other_and_the_command_ends_with_2(capsys):
+    seen = []
+
+    def work(job):
+        if job == 1:
+            raise RunError("a run has failed")
+        seen.append(job)
+
+    with pytest.raises(SystemExit) as ended:
+        ladder.at_a_time(1, work, [0, 1, 2])
+    assert ended.value.code == 2 and seen == [0, 2]
+    assert capsys.readouterr().err == "a run has failed\n"
+
+
+def test_a_command_that_leaves_no_result_is_named(tmp_path):
+    with pytest.raises(RunError, match="a run has left no .*eval.json; .*run.log says more"):
+        ladder.result_of(tmp_path / "run/eval.json", ["-c", "pass"])
+
+
+def test_a_row_that_a_kill_has_cut_off_costs_that_row_alone(tmp_path):
+    table = ladder.study1(tmp_path)
+    rows = [{"part": "levels", "algo": "pac", "seed": seed, "task": "a", "episodes": 1,
+             "score": 0.25} for seed in (0, 1, 2)]
+    table.append(rows[:2])
+    text = table.path.read_bytes()
+    table.path.write_bytes(text[:-6])
+    table.append(rows[2:])
+    assert [row["seed"] for row in table.rows()] == [0, 2]
+    table.path.write_bytes(b"part,al")  # the head is cut
+    table.append(rows)
+    assert [row["seed"] for row in table.rows()] == [0, 1, 2]
 
 
 def test_a_runs_folder_of_another_recipe_is_not_taken_for_this_one(tmp_path):
     run = tmp_path / "runs/study1/switching-pac-0"
     run.mkdir(parents=True)
-    config = dict.fromkeys(("algo", "train", "model", "tasks"), {})
-    config |= {"format": FORMAT, "settings": dataclasses.asdict(settings_for("pac"))}
+    config = dict.fromkeys(("algo", "model", "tasks"), {})
+    made = TrainConfig(seed=3, steps=10_000, out=str(run), eval_every=0, threads=1)
+    config |= {"format": FORMAT, "settings": dataclasses.asdict(settings_for("pac")),
+               "train": dataclasses.asdict(made)}
     (run / "config.json").write_text(json.dumps(config))
-    ladder.refuse_other(run, ["--algo", "pac", "--seed", 3])
-    for flags in (["--eta", 3.0], ["--merit", "return"]):
-        with pytest.raises(SystemExit, match=f"{run} is of another recipe than `--algo pac --"):
-            ladder.refuse_other(run, ["--algo", "pac", *flags])
+    same = ["--algo", "pac", "--seed", 3]
+    assert ladder.start_or_resume(run, same) == ["--resume", run]
+    assert ladder.start_or_resume(run, [*same, "--steps", 10_000]) == ["--resume", run]
+    for flags in (["--eta", 3.0], ["--merit", "return"], ["--steps", 20], ["--size", "tiny"],
+                  ["--seed", 4], ["--tasks", "Hopper-v5"], ["--data", "datasets/levels"]):
+        with pytest.raises(RunError, match=f"{run} is of another recipe than `--algo pac --"):
+            ladder.start_or_resume(run, [*same, *flags])

@@ -269,6 +269,18 @@ def test_a_merit_without_weights_is_refused_if_asked_for(capsys, new, small_data
     train.main(["--resume", str(tmp_path / "run"), "--steps", "12"])
 
 
+@pytest.mark.parametrize("flags, said", [
+    ("--algo bc --eta 1", "--eta 1.0 changes nothing: without a critic"),
+    ("--algo rwr --n-step 3", "--n-step 3 changes nothing: without a critic"),
+    ("--algo one_step --alpha 0.5", "--alpha 0.5 changes nothing: the warm-up is all of the run"),
+    ("--algo pac --warmup 1 --n-step 1", "--n-step 1 changes nothing: the warm-up is all"),
+    ("--algo one_step --alphas 0.5", "--alphas: one_step only clones"),
+    ("--focus 400", "400: it has to be from 0 to 40")])
+def test_a_setting_that_changes_nothing_or_overflows_is_refused(capsys, new, tmp_path, flags, said):
+    assert said in refused(capsys, *new, *flags.split())
+    assert not (tmp_path / "run").exists()
+
+
 def test_no_run_to_resume(capsys, tmp_path):
     assert "not a run's folder" in refused(capsys, "--resume", tmp_path)
 
