@@ -181,7 +181,9 @@ def show_minute(table):
 
 
 def show_time(table):
-    """The table and the figure of scores by time."""
+    """The table and the figure of scores by time, where some have had more than a minute."""
+    if all(row["minutes"] == 1 for row in table.rows()):
+        return
     panels = by_time(table)
     lines = [[task, method, *(f"{line[mark][0]:.2f}" if mark in line else "" for mark in MARKS)]
              for task, methods in panels.items() for method, line in methods.items()]
