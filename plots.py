@@ -186,8 +186,9 @@ def ladder(panels, rungs, path, title):
 
     panels: name -> {method: (centre, low, high)}; rungs: all methods, from the top downwards
     """
-    figure, axes = plt.subplots(1, len(panels), figsize=(8, 0.3 * len(rungs) + 1.2), sharey=True,
-                                squeeze=False, layout="constrained")
+    size = (max(8, 1.7 * len(panels)), 0.3 * len(rungs) + 1.2)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False,
+                                layout="constrained")
     for (name, found), ax in zip(panels.items(), axes[0]):
         for place, rung in enumerate(reversed(rungs)):
             if rung in found:
