@@ -22,8 +22,8 @@ from behaviors import PARTS, TASKS
 from checkpoint import read_config
 from model import Shared
 from studies import print_table
-from studies.ladder import (Table, at_a_time, cells, new_parser, refuse_other, result_of, rows_of,
-                            start_or_resume)
+from studies.runs import (Table, at_a_time, cells, new_parser, refuse_other, result_of, rows_of,
+                          start_or_resume)
 
 COLUMNS = ("recipe", "data", "ablation", "updates", "episodes", "seed", "task", "score", "iqm")
 KEY = ("recipe", "data", "ablation", "seed")

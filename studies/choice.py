@@ -23,7 +23,7 @@ import plots
 from checkpoint import RunError, load_run
 from eval import COUNT, iqm, normalise, rollout
 from studies import print_table
-from studies.ladder import Table
+from studies.runs import Table
 
 # (act, eta) of the candidates. The recipe's own is the first: it is taken where nothing is seen, or
 # where several are level.

@@ -27,8 +27,9 @@ from behaviors import TASKS
 from envs import Play
 from eval import summarise
 from studies import print_table
-from studies.ladder import (DRAWN, EPISODES, NUMBERS, SEEDS, SHOWN_ROWS, Table, at_a_time,
-                            new_parser, points, print_scores, result_of, start_or_resume, study1)
+from studies.ladder import study1
+from studies.runs import (DRAWN, EPISODES, NUMBERS, SEEDS, SHOWN_ROWS, Table, at_a_time, new_parser,
+                          points, print_scores, result_of, start_or_resume)
 from train import steps_of
 
 DATA = "datasets/switching"

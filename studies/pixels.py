@@ -12,7 +12,7 @@ from pathlib import Path
 import prepare
 from behaviors import pixels, suite
 from data import DataError
-from studies.ladder import Table, add_choices, at_a_time, new_parser, print_scores, train
+from studies.runs import Table, add_choices, at_a_time, new_parser, print_scores, train
 
 TASKS = ("Reacher-v5", "InvertedDoublePendulum-v5", "metaworld-window-close",
          "metaworld-button-press-topdown")

@@ -12,8 +12,9 @@ from pathlib import Path
 import plots
 import prepare
 from behaviors import SHARES
-from studies.ladder import (Table, add_choices, at_a_time, iqm_interval, new_parser, print_scores,
-                            study1, train)
+from studies.ladder import study1
+from studies.runs import (Table, add_choices, at_a_time, iqm_interval, new_parser, print_scores,
+                          train)
 
 DATA = {  # the share of expert steps, and the data
     "0.0": "datasets/expert-0.0/levels",

@@ -35,7 +35,7 @@ from kernels.graph import Graphs
 from learner import RISE, Learner, cloning_loss, settings_for
 from model import config_for, count_parameters
 from studies import print_table, scaling_fit, scaling_show
-from studies.ladder import Table, at_a_time, call
+from studies.runs import Table, at_a_time, call
 from studies.scaling_fit import BATCH, HALF
 from train import random_streams
 

@@ -24,7 +24,7 @@ from eval import iqm
 from learner import Learner, LossSettings, settings_for
 from model import SIZES, config_for, count_parameters
 from studies import print_table
-from studies.ladder import OTHER_ACTS, Table, at_a_time, new_parser, train, unfinished
+from studies.runs import OTHER_ACTS, Table, at_a_time, new_parser, train, unfinished
 
 ALGOS = ("bc", "filtered_bc", "rwr", "bc_q", "one_step", "pac_paper", "pac",
          "rwr_return", "pac_return")

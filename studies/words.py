@@ -24,7 +24,7 @@ from checkpoint import load_run
 from data import DataError
 from eval import rollout
 from studies import print_table
-from studies.ladder import Table, at_a_time, call, new_parser, start_or_resume
+from studies.runs import Table, at_a_time, call, new_parser, start_or_resume
 
 GROUP = "metaworld:10"
 ALGOS = {  # flags of train.py
@@ -144,7 +144,8 @@ def main():
             call(["train.py", *start_or_resume(run, flags)], run.with_suffix(".log"))
             table.append(play(run, algo, seed))
 
-        at_a_time(args.workers, work, table.missing([(a, s) for s in args.seeds for a in args.algo]))
+        wanted = [(algo, seed) for seed in args.seeds for algo in args.algo]
+        at_a_time(args.workers, work, table.missing(wanted))
     table.need_rows()
     show(table.rows())
 

@@ -10,7 +10,7 @@ from envs import Play
 from model import Perceiver
 from studies import choice
 from studies.choice import COLUMNS, NUMBERS, SEED, WAYS, choose, iqms, play, scores_of
-from studies.ladder import Table
+from studies.runs import Table
 from tests.conftest import tiny
 
 TASKS, EPISODES, RUN = 7, 32, "runs/mine"

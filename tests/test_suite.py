@@ -26,8 +26,8 @@ from behaviors.measure import rollout
 from checkpoint import FORMAT, RunError
 from data import DataError, Episode, Task, append
 from learner import Learner, settings_for
-from studies import ladder, peers
-from studies.ladder import Table
+from studies import ladder, peers, runs
+from studies.runs import Table
 from studies.suite import (COLUMNS, KEY, metas_of, print_weights, random_batch, show,
                            signed_rank)
 from tests.conftest import task_meta, tiny
@@ -429,11 +429,11 @@ def test_the_old_merit_is_a_flag_of_a_runs_name(tmp_path, monkeypatch):
     """`pac_return` is `pac` with --merit return, and keeps a name of its own in the table."""
     asked = []
     summary = {"iqm": 1.0, "episodes": 2, "failed": [], "tasks": {"a": {"score": 1.0}}}
-    monkeypatch.setattr(ladder, "result_of", lambda path, command: asked.append(command) or summary)
+    monkeypatch.setattr(runs, "result_of", lambda path, command: asked.append(command) or summary)
     monkeypatch.setattr(Table, "keep_config", lambda *_: None)
     table = ladder.study1(tmp_path)
     for algo in ("pac_return", "pac"):
-        ladder.train(table, ("switching", algo, 0), tmp_path, [])
+        runs.train(table, ("switching", algo, 0), tmp_path, [])
     old, new = [list(map(str, command)) for command in asked]
     assert old[old.index("--algo") + 1] == new[new.index("--algo") + 1] == "pac"
     assert old[old.index("--merit") + 1] == "return" and "--merit" not in new
@@ -443,16 +443,16 @@ def test_the_old_merit_is_a_flag_of_a_runs_name(tmp_path, monkeypatch):
 def test_a_run_that_lacks_its_other_rows_is_made_again_and_no_row_twice(tmp_path, monkeypatch):
     """bc and rwr are played by two ways; a table may have the rows of the first alone."""
     scores = {"eval.json": 0.5, "eval-sharpened.json": 0.6}
-    monkeypatch.setattr(ladder, "result_of", lambda path, _: {
+    monkeypatch.setattr(runs, "result_of", lambda path, _: {
         "iqm": 1.0, "episodes": 2, "failed": [], "tasks": {"a": {"score": scores[path.name]}}})
     monkeypatch.setattr(Table, "keep_config", lambda *_: None)
     table = ladder.study1(tmp_path)
     table.append([{"part": "levels", "algo": algo, "seed": 0, "task": "a", "score": 0.4}
                   for algo in ("bc", "rwr", "rwr-sharpened", "pac")])
     jobs = [("levels", algo, 0) for algo in ("bc", "rwr", "pac", "one_step")]
-    left = ladder.unfinished(table, jobs, ladder.OTHER_ACTS)
+    left = runs.unfinished(table, jobs, runs.OTHER_ACTS)
     assert left == [("levels", "bc", 0), ("levels", "one_step", 0)]
-    ladder.train(table, left[0], tmp_path, [], "sharpened")
+    runs.train(table, left[0], tmp_path, [], "sharpened")
     rows = [(row["algo"], row["score"]) for row in table.rows()]
     assert rows == [("bc", 0.4), ("rwr", 0.4), ("rwr-sharpened", 0.4), ("pac", 0.4),
                     ("bc-sharpened", 0.6)]
@@ -462,11 +462,11 @@ def test_a_task_without_a_reference_has_a_row_and_no_score(tmp_path, capsys):
     table = Table("suite", COLUMNS, KEY, tmp_path)
     tasks = {"Hopper-v5": {"score": 0.5}, "dm-lqr-lqr_2_1": {"score": None}}
     summary = {"iqm": 0.5, "episodes": 2, "failed": ["one"], "tasks": tasks}
-    table.append(ladder.rows_of(summary, table, ("all", "pac", 0)))
+    table.append(runs.rows_of(summary, table, ("all", "pac", 0)))
     assert [row["score"] for row in table.rows()] == [0.5, None]
     assert "IQM 0.500, episodes failed: 1" in capsys.readouterr().out
     summary = {"iqm": None, "episodes": 2, "failed": [], "tasks": {"b": {"score": None}}}
-    table.append(ladder.rows_of(summary, table, ("all", "pac", 1)))
+    table.append(runs.rows_of(summary, table, ("all", "pac", 1)))
     assert table.rows()[-1]["score"] is None
 
 
@@ -474,7 +474,7 @@ def test_a_task_without_a_reference_has_a_row_and_no_score(tmp_path, capsys):
 def test_a_study_goes_on_after_failed_episodes_alone(tmp_path, code, stops):
     """Exit code 3: the run was trained, and some episodes of its evaluation failed."""
     with pytest.raises(RunError, match="log says why") if stops else nullcontext():
-        ladder.call(["-c", f"raise SystemExit({code})"], tmp_path / "log")
+        runs.call(["-c", f"raise SystemExit({code})"], tmp_path / "log")
 
 
 def test_a_run_that_fails_stops_no_other_and_the_command_ends_with_2(capsys):
@@ -486,14 +486,14 @@ def test_a_run_that_fails_stops_no_other_and_the_command_ends_with_2(capsys):
         seen.append(job)
 
     with pytest.raises(SystemExit) as ended:
-        ladder.at_a_time(1, work, [0, 1, 2])
+        runs.at_a_time(1, work, [0, 1, 2])
     assert ended.value.code == 2 and seen == [0, 2]
     assert capsys.readouterr().err == "a run has failed\n"
 
 
 def test_a_command_that_leaves_no_result_is_named(tmp_path):
     with pytest.raises(RunError, match="a run has left no .*eval.json; .*run.log says more"):
-        ladder.result_of(tmp_path / "run/eval.json", ["-c", "pass"])
+        runs.result_of(tmp_path / "run/eval.json", ["-c", "pass"])
 
 
 def test_a_row_that_a_kill_has_cut_off_costs_that_row_alone(tmp_path):
@@ -519,9 +519,9 @@ def test_a_runs_folder_of_another_recipe_is_not_taken_for_this_one(tmp_path):
                "train": dataclasses.asdict(made)}
     (run / "config.json").write_text(json.dumps(config))
     same = ["--algo", "pac", "--seed", 3]
-    assert ladder.start_or_resume(run, same) == ["--resume", run]
-    assert ladder.start_or_resume(run, [*same, "--steps", 10_000]) == ["--resume", run]
+    assert runs.start_or_resume(run, same) == ["--resume", run]
+    assert runs.start_or_resume(run, [*same, "--steps", 10_000]) == ["--resume", run]
     for flags in (["--eta", 3.0], ["--merit", "return"], ["--steps", 20], ["--size", "tiny"],
                   ["--seed", 4], ["--tasks", "Hopper-v5"], ["--data", "datasets/levels"]):
         with pytest.raises(RunError, match=f"{run} is of another recipe than `--algo pac --"):
-            ladder.start_or_resume(run, [*same, *flags])
+            runs.start_or_resume(run, [*same, *flags])

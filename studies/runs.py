@@ -1,0 +1,292 @@
+"""What the studies share: tables in results/, and the runs of train.py that they are made of.
+
+A run that was killed goes on from its checkpoint. One that has its rows is not made again.
+"""
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from threading import RLock
+
+import numpy as np
+
+from behaviors import TASKS
+from checkpoint import RunError, read_config
+from data import write_file
+from eval import COUNT, EPISODES_FAILED, interval, iqm, shown
+from learner import settings_for
+from studies import RESULTS, print_table
+from train import MAY_CHANGE, TrainConfig, parse_args, steps_of
+
+SEEDS = (0, 1, 2)
+EPISODES = 20  # a task and run
+NUMBERS = {"seed": int, "score": lambda text: float(text) if text else None}  # of most tables
+FILE_LOCK = RLock()  # several runs end at once
+SHOWN_ROWS = [*TASKS, "IQM"]
+DECIDE = ("data", "steps", "episodes")  # may change on --resume, and not between a study's runs
+DRAWN = "mean and range over seeds; IQM with its 95% interval"
+BY_RETURN = ("rwr_return", "one_step_return", "pacv_return", "pac_return")  # --merit return
+# Played too. pi_imp is made of draws from the sharpened policy: what of its lead is Q, what is
+# the sharpening? A clone acts by that as well.
+OTHER_ACTS = {"bc": "sharpened", "filtered_bc": "sharpened", "rwr": "sharpened",
+              "bc_q": "improved"}
+
+
+# ---------------------------------------------------------------- tables
+
+class Table:
+    """results/NAME.csv, a row for each score; the figure beside it; and the runs, in runs/NAME.
+
+    key: the columns that tell one run from another. folder: instead of results/ and runs/.
+    numbers: the types of the columns that are no text.
+    """
+
+    def __init__(self, name, columns, key, folder=None, numbers=NUMBERS):
+        self.columns, self.key, self.numbers = columns, key, numbers
+        results = folder or RESULTS
+        self.path = results / f"{name}.csv"
+        self.figure = results / f"{name}.png"
+        self.configs = results / f"{name}-configs.json"
+        self.runs = (folder or Path()) / "runs" / name
+
+    def rows(self):
+        if not self.path.exists():
+            return []
+        with open(self.path) as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            for column, kind in self.numbers.items():
+                row[column] = kind(row[column])
+        return rows
+
+    def need_rows(self):
+        """End the command where there is nothing to show."""
+        if not self.rows():
+            sys.exit(f"{self.path} has no row yet: run this without --table")
+
+    def append(self, rows):
+        """Add rows, without what is not among the columns."""
+        with FILE_LOCK:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            before = self.path.read_bytes() if self.path.exists() else b""
+            whole = before.rfind(b"\n") + 1  # a kill may have cut the last row
+            with open(self.path, "a", newline="") as file:
+                file.truncate(whole)
+                writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
+                if not whole:
+                    writer.writeheader()
+                writer.writerows(rows)
+
+    def keep_config(self, run):
+        """Put a run's settings and flags into NAME-configs.json."""
+        config = read_config(run)
+        with FILE_LOCK:
+            configs = json.loads(self.configs.read_text()) if self.configs.exists() else {}
+            configs[run.name] = {key: config[key] for key in ("train", "settings")}
+            write_file(self.configs, json.dumps(configs, indent=1, sort_keys=True) + "\n")
+
+    def missing(self, jobs):
+        """Those of the jobs, tuples of the key's values, that have no row yet."""
+        present = {tuple(row[column] for column in self.key) for row in self.rows()}
+        return [job for job in jobs if job not in present]
+
+    def scores(self, tasks=TASKS, **which):
+        """(seeds, tasks) of the rows that have these values, without seeds that lack a task."""
+        of_seeds = {}
+        for row in self.rows():
+            if which.items() <= row.items():
+                of_seeds.setdefault(row["seed"], {})[row["task"]] = row["score"]
+        whole = [scores for _, scores in sorted(of_seeds.items()) if len(scores) == len(tasks)]
+        return np.array([[scores[task] for task in tasks] for scores in whole])
+
+    def methods(self, column, names, tasks=TASKS, **which):
+        """name -> its scores, for those of the names that have any."""
+        found = {name: self.scores(tasks, **{column: name}, **which) for name in names}
+        return {name: matrix for name, matrix in found.items() if len(matrix)}
+
+
+def iqm_interval(matrix):
+    """The IQM over seeds and tasks, and its 95% interval -> (value, low, high)
+
+    Seeds are resampled task by task, as rliable does. matrix: (seeds, tasks)
+    """
+    return iqm(matrix), *interval(list(matrix.T), iqm)
+
+
+def points(matrix):
+    """What plots.compare draws of a method: each task's mean and range over seeds, and the IQM."""
+    return [*zip(matrix.mean(0), matrix.min(0), matrix.max(0)), iqm_interval(matrix)]
+
+
+def cells(matrix):
+    """A method's column: each task's mean and spread over seeds, and the IQM."""
+    value, low, high = iqm_interval(matrix)
+    if len(matrix) == 1:
+        return [f"{score:.2f}" for score in matrix[0]] + [f"**{value:.3f}**"]
+    spread = zip(matrix.mean(0), matrix.std(0))
+    shown = [f"{mean:.2f} ± {std:.2f}" for mean, std in spread]
+    return [*shown, f"**{value:.3f}** [{low:.3f}, {high:.3f}]"]
+
+
+def print_scores(methods, tasks=TASKS):
+    """A table in markdown. methods: name -> (seeds, tasks)"""
+    head = [f"{name}, seeds: {len(matrix)}" for name, matrix in methods.items()]
+    rows = zip([*tasks, "**IQM**"], *map(cells, methods.values()))
+    print_table(["", *head], rows)
+
+
+# ---------------------------------------------------------------- runs
+
+def start_or_resume(run, flags):
+    """Flags of train.py for a run, a new one or one that was killed, which has to be of the same
+    flags."""
+    refuse_other(run, flags)
+    if (run / "config.json").exists():
+        return ["--resume", run]
+    return ["--out", run, "--eval-every", 0, "--threads", 1, "--no-verify", *flags]
+
+
+def refuse_other(run, flags):
+    """RunError if the run's folder is there, and of other flags than these, which decide what it
+    comes to."""
+    asked = parse_args(list(map(str, flags)))
+    if not (run / "config.json").exists():
+        return
+    config, stored = TrainConfig(**asked.run), read_config(run)
+    config.steps = config.steps or steps_of(config.size)
+    different = asdict(settings_for(config.algo, **asked.loss)) != stored["settings"]
+    for name, value in asdict(config).items():
+        if name in DECIDE or name not in (*MAY_CHANGE, "out"):
+            different |= value != stored["train"][name]
+    if different:
+        raise RunError(f"{run} is of another recipe than `{' '.join(map(str, flags))}`: "
+                       "move it away")
+
+
+def result_of(path, command):
+    """The summary that a command leaves in `path`. It is not run again if it is there.
+
+    Its output goes to a log beside the run's folder, which the summary is in.
+    """
+    log = Path(f"{path.parent}.log")
+    if not path.exists():
+        call(command, log)
+    if not path.exists():
+        raise RunError(f"a run has left no {path}; {log} says more")
+    return json.loads(path.read_text())
+
+
+def call(command, path):
+    """python COMMAND, in a process of one thread; its output goes to the end of the log `path`.
+
+    Episodes that failed are no reason to stop: the summary counts them. RunError for other ends
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, *map(str, command)]
+    with open(path, "a") as log:
+        ran = subprocess.run(command, stdout=log, stderr=log,
+                             env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if ran.returncode not in (0, EPISODES_FAILED):
+        raise RunError(f"a run has failed; {path} says why")
+
+
+def at_a_time(workers, work, jobs):
+    """work(job) for every job, several at a time, each on one thread.
+
+    One that fails by a RunError, which says why, stops no other; the command ends with 2 then.
+    """
+    failed = []
+
+    def attempt(job):
+        try:
+            work(job)
+        except RunError as error:
+            failed.append(job)
+            print(error, file=sys.stderr, flush=True)
+
+    print(f"{len(jobs)} runs, {workers} at a time")
+    with ThreadPoolExecutor(workers) as pool:
+        for future in [pool.submit(attempt, job) for job in jobs]:
+            future.result()
+    if failed:
+        sys.exit(2)
+
+
+def rows_of(summary, table, job, **more):
+    """A row of the table for each task of a summary."""
+    failed = f", episodes failed: {len(summary['failed'])}" if summary["failed"] else ""
+    print(time.strftime("%H:%M"), *job, f"IQM {shown(summary['iqm'])}{failed}", flush=True)
+    columns = dict(zip(table.key, job), episodes=summary["episodes"], iqm=rounded(summary["iqm"]))
+    rows = []
+    for task, row in summary["tasks"].items():
+        rows.append({**columns, **more, "task": task, "score": rounded(row["score"]),
+                     "success": row.get("success", "")})
+    return rows
+
+
+def rounded(score):
+    """As a table has it: nothing for a task without a reference."""
+    return "" if score is None else round(score, 4)
+
+
+def train(table, job, data, flags, other_act=None):
+    """One run of train.py to its end, and those of its rows that the table lacks.
+
+    job: group, algorithm, seed. other_act: another way to act, by which it is played as well
+    """
+    group, algo, seed = job
+    run = table.runs / f"{group}-{algo}-{seed}"
+    if algo in BY_RETURN:
+        flags = ["--merit", "return", *flags]
+    flags = ["--algo", algo.removesuffix("_return"), "--seed", seed, "--data", data,
+             "--episodes", EPISODES, *flags]
+    summary = result_of(run / "eval.json", ["train.py", *start_or_resume(run, flags)])
+    rows = rows_of(summary, table, job)
+    if other_act:
+        command = ["eval.py", run, "--act", other_act, "--seed", seed + 1,
+                   "--episodes", summary["episodes"]]
+        summary = result_of(run / f"eval-{other_act}.json", command)
+        rows += rows_of(summary, table, played_otherwise(job, other_act))
+    table.append([row for row in rows if table.missing([tuple(row[key] for key in table.key)])])
+    table.keep_config(run)
+
+
+def played_otherwise(job, act):
+    """The key of the rows of a run that was played by another way to act."""
+    group, algo, seed = job
+    return group, f"{algo}-{act}", seed
+
+
+def unfinished(table, jobs, other_acts):
+    """Those of the jobs that lack a row, in either way to act. other_acts: an algorithm's"""
+    def rows(job):
+        act = other_acts.get(job[1])
+        return [job, played_otherwise(job, act)] if act else [job]
+
+    return [job for job in jobs if table.missing(rows(job))]
+
+
+def new_parser(doc):
+    """The flags that all studies have."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=COUNT, default=2,
+                        help="runs at a time, one thread each (default: %(default)s)")
+    parser.add_argument("--table", action="store_true", help="no runs: only what is shown")
+    parser.add_argument("--folder", type=Path, help="instead of runs/ and results/, for a trial")
+    return parser
+
+
+def add_choices(parser, name, groups, algos):
+    """The flags of a study that compares algorithms on several data sets."""
+    parser.add_argument(f"--{name}", nargs="+", choices=groups, default=groups)
+    parser.add_argument("--algo", nargs="+", choices=algos, default=algos)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("flags", nargs="*", help="of train.py, behind a --")
