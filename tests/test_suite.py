@@ -440,6 +440,21 @@ def test_the_old_merit_is_a_flag_of_a_runs_name(tmp_path, monkeypatch):
     assert [row["algo"] for row in table.rows()] == ["pac_return", "pac"]
 
 
+def test_a_long_part_is_a_default_part_with_returns_of_a_longer_horizon(tmp_path, monkeypatch):
+    built, ran = [], []
+    monkeypatch.setattr(ladder.prepare, "build", lambda *args, **more: built.append((args, more)))
+    monkeypatch.setattr(ladder, "train", lambda table, job, data, *_: ran.append((job, data)))
+    monkeypatch.setattr(sys, "argv", ["ladder", "--folder", str(tmp_path), "--seeds", "0",
+                                      "--part", "long-levels", "--algo", "bc", "rwr", "pac"])
+    with pytest.raises(SystemExit, match="no row yet"):
+        ladder.main()
+    data = Path("datasets/long/levels")
+    assert built == [((data.parent, ["levels"], behaviors.TASKS), {"discount": 0.997})]
+    assert ran == [(("long-levels", "rwr", 0), data), (("long-levels", "pac", 0), data)]
+    ladder.build("levels")
+    assert built[1] == ((Path("datasets"), ["levels"], behaviors.TASKS), {})
+
+
 def test_a_run_that_lacks_its_other_rows_is_made_again_and_no_row_twice(tmp_path, monkeypatch):
     """bc and rwr are played by two ways; a table may have the rows of the first alone."""
     scores = {"eval.json": 0.5, "eval-sharpened.json": 0.6}
