@@ -259,7 +259,8 @@ def idle(settings):
     if not settings.focus:
         yield {"merit"}, "it says what --focus weighs by, and the focus is 0"
     if settings.beta == 0:
-        yield {"critic", "eta", "samples", "n_step", "warmup"}, "without a critic the policy only clones"
+        yield ({"critic", "eta", "samples", "n_step", "warmup"},
+               "without a critic the policy only clones")
     elif settings.warmup == 1:
         yield ({"alpha", "n_step"}, "the warm-up is all of the run: the policy clones, and the "
                "critic learns observed returns")
