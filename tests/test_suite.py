@@ -440,6 +440,13 @@ def test_the_old_merit_is_a_flag_of_a_runs_name(tmp_path, monkeypatch):
     assert [row["algo"] for row in table.rows()] == ["pac_return", "pac"]
 
 
+def test_a_table_shows_the_mean_of_seeds_over_tasks_beside_the_iqm(capsys):
+    runs.print_scores({"pac": np.array([[0.0, 1.0, 1.0, 1.0], [0.4, 1.0, 1.0, 1.0]])}, "abcd")
+    said = capsys.readouterr().out
+    assert "| a | 0.20 ± 0.20 |" in said and "| **IQM** | **1.000** [1.000, 1.000] |" in said
+    assert said.endswith("| mean over tasks | 0.800 ± 0.050 |\n")
+
+
 def test_a_long_part_is_a_default_part_with_returns_of_a_longer_horizon(tmp_path, monkeypatch):
     built, ran = [], []
     monkeypatch.setattr(ladder.prepare, "build", lambda *args, **more: built.append((args, more)))
