@@ -153,6 +153,23 @@ def circle(imports):
     return []
 
 
+def dead_links(text):
+    """The links of a markdown file to files, or to headings in such, that are not there."""
+    dead = []
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text.read_text()):
+        name, _, heading = link.partition("#")
+        path = text.parent / name if name else text
+        if not path.exists() or heading and heading not in headings_of(path):
+            dead.append(f"{text.name}: {link}")
+    return dead
+
+
+def headings_of(path):
+    """How links name a markdown file's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", path.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 def needs(module, imports):
     """The rooms and packages that a module imports, itself or through others."""
     found, waiting = set(), [module]
@@ -206,6 +223,15 @@ def test_nothing_else_is_on_the_top_level():
     assert {line.split("/")[0] for line in ran.stdout.splitlines()} <= TOP_LEVEL
 
 
+def test_links_in_texts_lead_somewhere():
+    texts = [ROOT / name for name in ("README.md", "CHANGELOG.md")]
+    for package in PACKAGES:
+        texts += (ROOT / package).glob("*.md")
+    assert len(texts) > 5
+    for text in texts:
+        assert dead_links(text) == []
+
+
 # ---------------------------------------------------------------- the rules themselves
 
 @pytest.mark.parametrize("name, text, imported", [
@@ -249,6 +275,12 @@ def test_a_circle_is_seen(tmp_path, one, text_of_one, other, text_of_other, foun
     (tmp_path / f"{one}.py").write_text(text_of_one)
     (tmp_path / f"{other}.py").write_text(text_of_other)
     assert set(circle(read_imports(tmp_path))) == found
+
+
+def test_a_dead_link_is_seen(tmp_path):
+    text = tmp_path / "a.md"
+    text.write_text("# One, two\n[x](#one-two) [y](b.md) [z](a.md#three) [w](https://a.org#b)")
+    assert dead_links(text) == ["a.md: b.md", "a.md: a.md#three"]
 
 
 def make_house(root):
