@@ -22,8 +22,8 @@ from behaviors import PARTS, TASKS
 from checkpoint import read_config
 from model import Shared
 from studies import print_table
-from studies.runs import (Table, at_a_time, cells, new_parser, refuse_other, result_of, rows_of,
-                          start_or_resume)
+from studies.runs import (Table, at_a_time, cells, need_data, new_parser, refuse_other, result_of,
+                          rows_of, start_or_resume)
 
 COLUMNS = ("recipe", "data", "ablation", "updates", "episodes", "seed", "task", "score", "iqm")
 KEY = ("recipe", "data", "ablation", "seed")
@@ -184,7 +184,9 @@ def main():
 
     if not args.table:
         jobs = [(RECIPE, args.part, name, seed) for seed in args.seeds for name in args.only]
-        at_a_time(args.workers, work, table.missing(jobs))
+        if jobs := table.missing(jobs):
+            need_data(Path("datasets", args.part))
+        at_a_time(args.workers, work, jobs)
     table.need_rows()
     print_runs(table)
 

@@ -11,11 +11,10 @@ What stands behind `--` is for train.py.
 from pathlib import Path
 
 import plots
-import prepare
 from behaviors import PARTS, TASKS, UNSEEN
 from studies import print_table
 from studies.runs import (BY_RETURN, OTHER_ACTS, Table, add_choices, at_a_time, cells, iqm_interval,
-                          new_parser, print_scores, train, unfinished)
+                          need_data, new_parser, print_scores, train, unfinished)
 
 ALGOS = ("bc", "filtered_bc", "rwr", "bc_q", "one_step", "pac_paper", "pacv", "pac", *BY_RETURN)
 # First those that take all of the data alike, then those that choose or weigh it.
@@ -26,20 +25,16 @@ SHOWN = ("bc", "bc-sharpened", "bc_q-improved", "pac_paper", "filtered_bc",
 # made as `switching` is. One of them has a sparse reward.
 DATA = {part: Path("datasets", part) for part in PARTS}
 DATA["unseen"] = Path("datasets/unseen/switching")
-# The default parts' episodes again, with returns of a horizon of 330 steps instead of 100.
-LONG, LONG_DISCOUNT = {f"long-{part}": Path("datasets/long", part) for part in PARTS}, 0.997
-LONG_ALGOS = ("rwr", "bc_q", "one_step", "pac_paper", "pacv", "pac")  # to others it is the same
-DATA |= LONG
+# The default parts' episodes again, with returns of a horizon of 200 or 330 steps instead of 100.
+DISCOUNTS = {"mid": 0.995, "long": 0.997}
+SEE_RETURNS = ("rwr", "bc_q", "one_step", "pac_paper", "pacv", "pac")  # to others it is the same
+OTHER_HORIZONS = {f"{name}-{part}": Path("datasets", name, part)
+                  for name in DISCOUNTS for part in PARTS}
+DATA |= OTHER_HORIZONS
 
 
 def tasks_of(part):
     return UNSEEN if part == "unseen" else TASKS
-
-
-def build(part):
-    """Make what is missing of a part's data."""
-    folder, more = DATA[part], {"discount": LONG_DISCOUNT} if part in LONG else {}
-    prepare.build(folder.parent, [folder.name], tasks_of(part), **more)
 
 
 def study1(folder=None):
@@ -60,10 +55,11 @@ def main():
     if not args.table:
         wanted = [(part, algo, seed)
                   for seed in args.seeds for part in args.part for algo in args.algo
-                  if part not in LONG or algo in LONG_ALGOS]
+                  if part not in OTHER_HORIZONS or algo in SEE_RETURNS]
         jobs = unfinished(table, wanted, OTHER_ACTS)
-        for part in {part for part, _, _ in jobs}:
-            build(part)
+        for part in dict.fromkeys(part for part, _, _ in jobs):
+            discount = DISCOUNTS.get(part.split("-")[0], 0.99)
+            need_data(DATA[part], tasks_of(part), discount=discount)
         at_a_time(args.workers, work, jobs)
 
     table.need_rows()
@@ -73,9 +69,11 @@ def main():
         if methods:
             print(f"\n{part}: mean ± standard deviation over seeds\n")
             print_scores(methods, tasks_of(part))
-            panels[part] = {name: iqm_interval(matrix) for name, matrix in methods.items()}
+            # Of other horizons some have one seed, which is a lead.
+            if part not in OTHER_HORIZONS or max(map(len, methods.values())) > 1:
+                panels[part] = {name: iqm_interval(matrix) for name, matrix in methods.items()}
     print("\nIQMs with --merit return, the recipe of 2026-11-26\n")
-    parts = [part for part in DATA if part not in LONG]
+    parts = [part for part in DATA if part not in OTHER_HORIZONS]
     print_table(["", *parts], [[name, *(iqm_of(table, part, name) for part in parts)]
                                for name in BY_RETURN])
     if not panels:

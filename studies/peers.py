@@ -16,6 +16,7 @@ import json
 import os
 import time
 from multiprocessing import get_context
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -28,8 +29,8 @@ from envs import Play
 from eval import summarise
 from studies import print_table
 from studies.ladder import study1
-from studies.runs import (DRAWN, EPISODES, NUMBERS, SEEDS, SHOWN_ROWS, Table, at_a_time, new_parser,
-                          points, print_scores, result_of, start_or_resume)
+from studies.runs import (DRAWN, EPISODES, NUMBERS, SEEDS, SHOWN_ROWS, Table, at_a_time, need_data,
+                          new_parser, points, print_scores, result_of, start_or_resume)
 from train import steps_of
 
 DATA = "datasets/switching"
@@ -209,7 +210,8 @@ def main():
                   for seed in args.seeds for method in args.methods for minutes in args.minutes
                   if (method, minutes) != ("pac", 1)  # is study 1's
                   for task in (TASKS if minutes == 1 or method == "pac" else LONG)]
-        jobs = table.missing(wanted)
+        if jobs := table.missing(wanted):
+            need_data(Path(DATA))
         budgets = dict.fromkeys(job[1:3] for job in jobs if job[0] == "pac")
         at_a_time(args.workers, lambda job: run_pac(table, *job), budgets)
         if specialists := [job for job in jobs if job[0] != "pac"]:

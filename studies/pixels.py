@@ -9,10 +9,10 @@ Positions are withheld: what stands beside three pictures of 64 x 64 is a one (b
 
 from pathlib import Path
 
-import prepare
 from behaviors import pixels, suite
 from data import DataError
-from studies.runs import Table, add_choices, at_a_time, new_parser, print_scores, train
+from studies.runs import (Table, add_choices, at_a_time, need_data, new_parser, print_scores,
+                          train)
 
 TASKS = ("Reacher-v5", "InvertedDoublePendulum-v5", "metaworld-window-close",
          "metaworld-button-press-topdown")
@@ -41,7 +41,8 @@ def main():
             parser.error(error)
         wanted = [(part, algo, seed)
                   for seed in args.seeds for part in args.part for algo in args.algo]
-        prepare.build(data, args.part, TASKS, args.transitions, SHARES, source=pixels)
+        for part in args.part:
+            need_data(data / part, TASKS, args.transitions, shares=SHARES, source=pixels)
         at_a_time(args.workers, work, table.missing(wanted))
     table.need_rows()
     for part in args.part:

@@ -10,11 +10,10 @@ The data is `levels` with another share of expert steps; the other levels keep t
 from pathlib import Path
 
 import plots
-import prepare
 from behaviors import SHARES
 from studies.ladder import study1
-from studies.runs import (Table, add_choices, at_a_time, iqm_interval, new_parser, print_scores,
-                          train)
+from studies.runs import (Table, add_choices, at_a_time, iqm_interval, need_data, new_parser,
+                          print_scores, train)
 
 DATA = {  # the share of expert steps, and the data
     "0.0": "datasets/expert-0.0/levels",
@@ -26,13 +25,12 @@ ALGOS = ("bc", "pac")
 SHOWN = ("bc", "pac_before", "pac")  # the second by the recipe of 2026-11-25
 
 
-def build(share):
-    """Make what is missing of a data set."""
+def shares_of(share):
+    """Of all levels, where the expert has this share of the steps."""
     expert = float(share)
     scale = (1 - expert) / (1 - SHARES["expert"])
     shares = {level: scale * part for level, part in SHARES.items()}
-    shares["expert"] = expert
-    prepare.build(Path(DATA[share]).parent, ["levels"], shares=shares)
+    return shares | {"expert": expert}
 
 
 def copy_of_study1(table, jobs, folder):
@@ -58,8 +56,8 @@ def main():
                   for seed in args.seeds for share in args.share for algo in args.algo]
         copy_of_study1(table, table.missing(wanted), args.folder)
         jobs = table.missing(wanted)
-        for share in {share for share, _, _ in jobs}:
-            build(share)
+        for share in dict.fromkeys(share for share, _, _ in jobs):
+            need_data(Path(DATA[share]), shares=shares_of(share))
         at_a_time(args.workers, work, jobs)
 
     table.need_rows()

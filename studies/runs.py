@@ -17,9 +17,10 @@ from threading import RLock
 
 import numpy as np
 
-from behaviors import TASKS
+import prepare
+from behaviors import TASKS, TRANSITIONS
 from checkpoint import RunError, read_config
-from data import write_file
+from data import DataError, write_file
 from eval import COUNT, EPISODES_FAILED, interval, iqm, shown
 from learner import settings_for
 from studies import RESULTS, print_table
@@ -144,6 +145,19 @@ def print_scores(methods, tasks=TASKS):
     rows = zip([*tasks, "**IQM**"], *map(cells, methods.values()))
     means = [f"{matrix.mean():.3f} ± {matrix.mean(1).std():.3f}" for matrix in methods.values()]
     print_table(["", *head], [*rows, ["mean over tasks", *means]])
+
+
+# ---------------------------------------------------------------- data
+
+def need_data(folder, tasks=TASKS, transitions=TRANSITIONS, discount=0.99, **how):
+    """Make what is missing of a data set. What is there by another discount, or with less of it,
+    ends the command: its rows would come among the table's. how: of prepare.build"""
+    try:
+        prepare.there_already(folder.parent, [folder.name], tasks, transitions, discount)
+        prepare.build(folder.parent, [folder.name], tasks, transitions, discount=discount, **how)
+    except DataError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
 
 
 # ---------------------------------------------------------------- runs

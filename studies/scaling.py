@@ -35,7 +35,7 @@ from kernels.graph import Graphs
 from learner import RISE, Learner, cloning_loss, settings_for
 from model import config_for, count_parameters
 from studies import print_table, scaling_fit, scaling_show
-from studies.runs import Table, at_a_time, call
+from studies.runs import Table, at_a_time, call, need_data
 from studies.scaling_fit import BATCH, HALF
 from train import random_streams
 
@@ -449,6 +449,9 @@ def main(argv=None):
     jobs, table = sweep(), scaling_table(args.folder)
     try:
         missing, rows = table.missing(jobs), table.rows()
+        if args.command in ("plan", "run") and not args.folder:  # a trial may have any data
+            for part in ("switching", "beyond"):
+                need_data(args.datasets / part)
         if args.command in ("fit", "plot") and not rows:
             raise RunError(f"{table.path} has no rows yet: python -m studies.scaling run")
         if args.command == "plan":

@@ -24,7 +24,8 @@ from eval import iqm
 from learner import Learner, LossSettings, settings_for
 from model import SIZES, config_for, count_parameters
 from studies import print_table
-from studies.runs import OTHER_ACTS, Table, at_a_time, new_parser, train, unfinished
+from studies.runs import (OTHER_ACTS, Table, at_a_time, need_data, new_parser, train,
+                          unfinished)
 
 ALGOS = ("bc", "filtered_bc", "rwr", "bc_q", "one_step", "pac_paper", "pac",
          "rwr_return", "pac_return")
@@ -216,10 +217,9 @@ def main():
             names = suite.chosen(groups) if groups else []
             suite.need(names)
             suite.need_levels(names)
-            prepare.there_already(data, ["switching"], names, args.transitions)
         except DataError as error:
             parser.error(error)
-        prepare.build(data, ["switching"], names, args.transitions, source=suite)
+        need_data(data / "switching", names, args.transitions, source=suite)
         at_a_time(args.workers, work, jobs)
     table.need_rows()
     show(table)

@@ -18,13 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-import prepare
 from behaviors import suite
 from checkpoint import load_run
 from data import DataError
 from eval import rollout
 from studies import print_table
-from studies.runs import Table, at_a_time, call, new_parser, start_or_resume
+from studies.runs import Table, at_a_time, call, need_data, new_parser, start_or_resume
 
 GROUP = "metaworld:10"
 ALGOS = {  # flags of train.py
@@ -134,7 +133,7 @@ def main():
             suite.need(names)
         except DataError as error:
             parser.error(error)
-        prepare.build(data, ["switching"], names, 20_000, source=suite)
+        need_data(data / "switching", names, 20_000, source=suite)
 
         def work(job):
             algo, seed = job

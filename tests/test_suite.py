@@ -449,17 +449,32 @@ def test_a_table_shows_the_mean_of_seeds_over_tasks_beside_the_iqm(capsys):
 
 def test_a_long_part_is_a_default_part_with_returns_of_a_longer_horizon(tmp_path, monkeypatch):
     built, ran = [], []
-    monkeypatch.setattr(ladder.prepare, "build", lambda *args, **more: built.append((args, more)))
+    monkeypatch.setattr(runs.prepare, "build", lambda *args, **more: built.append((args, more)))
     monkeypatch.setattr(ladder, "train", lambda table, job, data, *_: ran.append((job, data)))
-    monkeypatch.setattr(sys, "argv", ["ladder", "--folder", str(tmp_path), "--seeds", "0",
-                                      "--part", "long-levels", "--algo", "bc", "rwr", "pac"])
+    monkeypatch.setattr(sys, "argv", ["ladder", "--folder", str(tmp_path), "--seeds", "0", "--part",
+                                      "long-levels", "unseen", "--algo", "bc", "rwr", "pac"])
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="no row yet"):
         ladder.main()
-    data = Path("datasets/long/levels")
-    assert built == [((data.parent, ["levels"], behaviors.TASKS), {"discount": 0.997})]
-    assert ran == [(("long-levels", "rwr", 0), data), (("long-levels", "pac", 0), data)]
-    ladder.build("levels")
-    assert built[1] == ((Path("datasets"), ["levels"], behaviors.TASKS), {})
+    long, unseen = Path("datasets/long"), Path("datasets/unseen")
+    assert built == [((long, ["levels"], behaviors.TASKS, 300_000), {"discount": 0.997}),
+                     ((unseen, ["switching"], behaviors.UNSEEN, 300_000), {"discount": 0.99})]
+    assert [job[:2] for job, data in ran if data == long / "levels"] == [
+        ("long-levels", "rwr"), ("long-levels", "pac")]  # cloning sees no returns
+    assert [job[:2] for job, data in ran if data == unseen / "switching"] == [
+        ("unseen", "bc"), ("unseen", "rwr"), ("unseen", "pac")]
+
+
+def test_a_study_refuses_data_by_another_discount_and_less_data(small_data, capsys):
+    """The rows would come among the others, and be of other returns."""
+    tasks = ("Hopper-v5", "Reacher-v5")
+    runs.need_data(small_data, tasks, 2_000)
+    for more, said in (((2_000, 0.995), "with a discount of 0.99 and not 0.995"),
+                       ((300_000,), "and not 300,000")):
+        with pytest.raises(SystemExit) as stopped:
+            runs.need_data(small_data, tasks, *more)
+        assert stopped.value.code == 2
+        assert said in capsys.readouterr().err
 
 
 def test_a_run_that_lacks_its_other_rows_is_made_again_and_no_row_twice(tmp_path, monkeypatch):
