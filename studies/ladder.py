@@ -44,7 +44,8 @@ def study1(folder=None):
 
 def main():
     parser = new_parser(__doc__)
-    add_choices(parser, "part", tuple(DATA), ALGOS)
+    parts = [part for part in DATA if part not in OTHER_HORIZONS]
+    add_choices(parser, "part", tuple(DATA), ALGOS, parts)
     args = parser.parse_args()
     table = study1(args.folder)
 
@@ -73,7 +74,6 @@ def main():
             if part not in OTHER_HORIZONS or max(map(len, methods.values())) > 1:
                 panels[part] = {name: iqm_interval(matrix) for name, matrix in methods.items()}
     print("\nIQMs with --merit return, the recipe of 2026-11-26\n")
-    parts = [part for part in DATA if part not in OTHER_HORIZONS]
     print_table(["", *parts], [[name, *(iqm_of(table, part, name) for part in parts)]
                                for name in BY_RETURN])
     if not panels:

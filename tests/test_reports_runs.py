@@ -1,7 +1,7 @@
 """What users of this field's software reported, tried on ours: scores, flags and runs.
 
 Each kind of report has a test of the right outcome, mostly with more than one case. Those of data
-sets are in test_reports_data.py.
+sets are in test_reports.py.
 """
 
 import dataclasses
