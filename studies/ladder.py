@@ -1,6 +1,6 @@
 """Study 1: what each ingredient adds, on the parts of the default data.
 
-    python -m studies.ladder                 the runs that are missing, then table and figure
+    python -m studies.ladder                 the default parts' missing runs, then table and figure
     python -m studies.ladder --part levels   one part's runs only
     python -m studies.ladder --table         no runs: table and figure from results/study1.csv
     python -m studies.ladder --folder /tmp/try -- --size tiny --steps 20 --episodes 1     a trial
@@ -16,7 +16,7 @@ from studies import print_table
 from studies.runs import (BY_RETURN, OTHER_ACTS, Table, add_choices, at_a_time, cells, iqm_interval,
                           need_data, new_parser, print_scores, train, unfinished)
 
-ALGOS = ("bc", "filtered_bc", "rwr", "bc_q", "one_step", "pac_paper", "pacv", "pac", *BY_RETURN)
+ALGOS = ("bc", "filtered_bc", "rwr", "bc_q", "one_step", "pac_paper", "pacv", "pac")
 # First those that take all of the data alike, then those that choose or weigh it.
 SHOWN = ("bc", "bc-sharpened", "bc_q-improved", "pac_paper", "filtered_bc",
          "filtered_bc-sharpened", "rwr", "rwr-sharpened", "one_step", "pacv", "pac")
@@ -45,7 +45,8 @@ def study1(folder=None):
 def main():
     parser = new_parser(__doc__)
     parts = [part for part in DATA if part not in OTHER_HORIZONS]
-    add_choices(parser, "part", tuple(DATA), ALGOS, parts)
+    add_choices(parser, "part", tuple(DATA), (*ALGOS, *BY_RETURN))
+    parser.set_defaults(part=parts, algo=ALGOS)
     args = parser.parse_args()
     table = study1(args.folder)
 

@@ -302,10 +302,10 @@ def new_parser(doc):
     return parser
 
 
-def add_choices(parser, name, groups, algos, default=None):
-    """The flags of a study that compares algorithms on several data sets. default: of the groups,
-    if not all"""
-    parser.add_argument(f"--{name}", nargs="+", choices=groups, default=default or groups)
-    parser.add_argument("--algo", nargs="+", choices=algos, default=algos)
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+def add_choices(parser, name, groups, algos):
+    """The flags of a study that compares algorithms on several data sets."""
+    default = "default: %(default)s"
+    parser.add_argument(f"--{name}", nargs="+", choices=groups, default=groups, help=default)
+    parser.add_argument("--algo", nargs="+", choices=algos, default=algos, help=default)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help=default)
     parser.add_argument("flags", nargs="*", help="of train.py, behind a --")
