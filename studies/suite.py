@@ -35,14 +35,16 @@ COLUMNS = ("domain", "task", "algo", "seed", "episodes", "score", "success")
 KEY = ("domain", "algo", "seed")  # "domain" is a group of tasks, such as metaworld:10
 EPISODES = 10
 UPDATES = 4  # that are timed
+EXACT = 20  # differences: with five all positive the normal approximation has 0.043 for 0.0625
 
 
 # ---------------------------------------------------------------- statistics
 
 def signed_rank(differences):
-    """Wilcoxon's signed-rank test, two-sided, by the normal approximation: the p-value.
+    """Wilcoxon's signed-rank test, two-sided: the p-value.
 
-    differences: one for each task; zeros are left out, equal sizes share their ranks
+    Exact for up to EXACT differences, by the normal approximation for more. differences: one for
+    each task; zeros are left out, equal sizes share their ranks
     """
     differences = np.array([x for x in differences if x != 0])
     count = len(differences)
@@ -51,9 +53,24 @@ def signed_rank(differences):
     sizes = np.abs(differences)
     below = (sizes[:, None] > sizes).sum(1)
     ranks = below + ((sizes[:, None] == sizes).sum(1) + 1) / 2
-    total = ranks[differences > 0].sum()
+    off = abs(ranks[differences > 0].sum() - ranks.sum() / 2)
+    if count <= EXACT:
+        sums, chances = rank_sums(ranks)
+        return float(chances[abs(sums - ranks.sum() / 2) >= off].sum())
     spread = math.sqrt((ranks**2).sum() / 4)
-    return math.erfc(abs(total - ranks.sum() / 2) / spread / math.sqrt(2))
+    return math.erfc(off / spread / math.sqrt(2))
+
+
+def rank_sums(ranks):
+    """The sums that the positive ranks can have if a coin is tossed for each sign, with chances.
+
+    A shared rank may end in a half: so it counts in halves.
+    """
+    chances = np.ones(1)
+    for halves in (2 * ranks).astype(int):
+        negative, positive = np.pad(chances, (0, halves)), np.pad(chances, (halves, 0))
+        chances = (negative + positive) / 2
+    return np.arange(len(chances)) / 2, chances
 
 
 def by_task(rows, algo):

@@ -5,6 +5,7 @@ What needs a package that is not in requirements.txt is skipped without it.
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import re
 import subprocess
@@ -300,11 +301,24 @@ def test_the_table_has_the_dimensions_of_the_environments(task, package):
     ([], 1.0),
     ([0, 0], 1.0),
     ([1, -1], 1.0),
-    ([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], 0.0051),  # as tables of the normal approximation have it
-    ([-1, -2, -3, -4, -5, -6, -7, -8, -9, -10], 0.0051),
+    ([1, 2, 3], 0.25),
+    ([0, 1, 2, 3, 4], 0.125),
+    ([-1, -2, -3, -4, -5], 0.0625),
+    ([-1, 2, 3, 4, 5, 6, 7, 8], 4 / 2**8),
+    (range(1, 11), 2 / 2**10),
+    (range(1, 21), 2 / 2**20),
+    (range(1, 22), 6.0e-5),  # as tables of the normal approximation have it
 ])
 def test_the_signed_rank_test_by_known_values(differences, p):
-    assert signed_rank(differences) == pytest.approx(p, abs=1e-4)
+    assert signed_rank(differences) == pytest.approx(p, rel=0.01)
+
+
+def test_the_signed_rank_test_with_shared_ranks_counts_all_signs():
+    ranks = np.array([1.5, 1.5, 3.5, 3.5, 5, 6])  # of the sizes below
+    signs = np.array(list(itertools.product((0, 1), repeat=6)))
+    off = abs(signs @ ranks - ranks.sum() / 2)
+    seen = abs(ranks[[0, 2, 3, 4, 5]].sum() - ranks.sum() / 2)
+    assert signed_rank([1, -1, 2, 2, 3, 4]) == pytest.approx((off >= seen).mean())
 
 
 @pytest.mark.parametrize("module", ["behaviors.search", "studies.suite"])
