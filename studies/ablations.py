@@ -79,7 +79,8 @@ def raw():
 
 def two_atoms():
     """With atoms at 0 and 1 alone a distribution is its mean: logistic regression of a value."""
-    model.SIZES["small"]["atoms"] = 2
+    for shape in model.SIZES.values():
+        shape["atoms"] = 2
 
 
 def squared_error():

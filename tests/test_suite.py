@@ -3,6 +3,7 @@
 What needs a package that is not in requirements.txt is skipped without it.
 """
 
+import copy
 import dataclasses
 import importlib.util
 import itertools
@@ -21,13 +22,14 @@ import pytest
 
 import behaviors
 import envs
+import model
 import prepare
 from behaviors import LEVELS, ars, controllers, search, suite, td3
 from behaviors.measure import rollout
 from checkpoint import FORMAT, RunError
 from data import DataError, Episode, Task, append
 from learner import Learner, settings_for
-from studies import ladder, peers, runs
+from studies import ablations, ladder, peers, runs
 from studies.runs import Table
 from studies.suite import (COLUMNS, KEY, metas_of, print_weights, random_batch, show,
                            signed_rank)
@@ -399,6 +401,15 @@ def test_an_episode_ends_where_the_physics_breaks_down():
     assert env.step(None) == (1, 0.0, True, False, {})
     with pytest.raises(KeyError):
         env.step(None)
+
+
+# ---------------------------------------------------------------- studies.ablations
+
+def test_a_scalar_critic_is_one_at_every_size(monkeypatch):
+    """A trial is `-- --size tiny`."""
+    monkeypatch.setattr(model, "SIZES", copy.deepcopy(model.SIZES))
+    ablations.two_atoms()
+    assert {model.config_for(size, metas_of(["Hopper-v5"])).atoms for size in model.SIZES} == {2}
 
 
 # ---------------------------------------------------------------- studies.peers
