@@ -7,10 +7,13 @@
 
 Only that function is touched. It is refused if it has changes that git does not know, for they
 would be lost. What was taken out, and your answer, are kept in course/answers/, which git ignores.
+An answer never replaces another: the older one gets a number, as in iqm-1.py.
 """
 
 import argparse
 import ast
+import io
+import itertools
 import os
 import subprocess
 import sys
@@ -28,15 +31,23 @@ class Refused(Exception):
 # ---------------------------------------------------------------- functions as text
 
 def find(text, function):
-    """The ast node of a function, such as "Policy.log_prob"; None if there is none."""
+    """The ast node of a function, such as "Policy.log_prob"; None if there is none.
+
+    Of several with one name it is the last, as for Python.
+    """
     body, node = ast.parse(text).body, None
     for name in function.split("."):
         kinds = (ast.FunctionDef, ast.ClassDef)
-        node = next((n for n in body if isinstance(n, kinds) and n.name == name), None)
+        node = next((n for n in reversed(body) if isinstance(n, kinds) and n.name == name), None)
         if node is None:
             return None
         body = node.body
     return node
+
+
+def split(text):
+    """The lines as Python counts them: str.splitlines also ends one at a form feed."""
+    return io.StringIO(text).readlines()
 
 
 def lines_of(node):
@@ -47,19 +58,19 @@ def lines_of(node):
 
 def source_of(text, function):
     """The text of a function."""
-    return "".join(text.splitlines(keepends=True)[lines_of(find(text, function))])
+    return "".join(split(text)[lines_of(find(text, function))])
 
 
 def replaced(text, function, source):
     """The text with another `source` in the function's place."""
-    lines = text.splitlines(keepends=True)
+    lines = split(text)
     lines[lines_of(find(text, function))] = [source]
     return "".join(lines)
 
 
 def blanked(text, function):
     """The text without the function's body; signature and docstring stay."""
-    node, lines = find(text, function), text.splitlines(keepends=True)
+    node, lines = find(text, function), split(text)
     first = node.body[0].lineno - 1
     if ast.get_docstring(node):
         first = node.body[0].end_lineno
@@ -111,17 +122,19 @@ def checked(path, function):
             return text
     except SyntaxError as error:
         raise Refused(f"{path.name}, line {error.lineno}: {error.msg}: mend this first") from None
+    except ValueError as error:  # not UTF-8, or a zero byte
+        raise Refused(f"{path.name}: {error}: mend this first") from None
     raise Refused(f"{path.name} has no {function} any more: bring its first line back")
 
 
 def blank(root, name):
     path, before, _ = paths(root, name)
     function, file = EXERCISES[name].function, EXERCISES[name].file
-    if before.exists():
-        raise Refused(f"{name} is taken out already: write it, or bring it back with "
-                      f"`python -m course.blank {name} --restore`")
     text = checked(path, function)
     source, known = source_of(text, function), committed(root, file)
+    if before.exists() and read(before) != source:  # the same: git brought the body back
+        raise Refused(f"{name} is taken out already: write it, or bring it back with "
+                      f"`python -m course.blank {name} --restore`")
     if find(known, function) is None or source_of(known, function) != source:
         raise Refused(f"{function} in {file} has changes that are not committed, and would be "
                       "lost: commit them first")
@@ -132,16 +145,32 @@ def blank(root, name):
             f"python -m course.grade {name}")
 
 
+def keep(answer, source):
+    """Store an answer, and what is to be said of it. Another one that is there gets a number."""
+    if answer.exists() and read(answer) == source:
+        return f"your answer is in {answer} already"
+    said = f"your answer is in {answer}"
+    if answer.exists():
+        numbered = (answer.with_stem(f"{answer.stem}-{n}") for n in itertools.count(1))
+        older = next(path for path in numbered if not path.exists())
+        answer.rename(older)
+        said += f", the one before it in {older.name}"
+    write(answer, source)
+    return said
+
+
 def restore(root, name):
     path, before, answer = paths(root, name)
     function = EXERCISES[name].function
     if not before.exists():
         raise Refused(f"{name} is not taken out")
-    text = checked(path, function)
-    write(answer, source_of(text, function))
-    write(path, replaced(text, function, read(before)))
+    text, own = checked(path, function), read(before)
+    source, whole = source_of(text, function), replaced(text, function, own)
+    empty = source_of(blanked(whole, function), function)
+    said = "no new answer to keep" if source in (own, empty) else keep(answer, source)
+    write(path, whole)
     before.unlink()
-    return f"{path.name}: {function} is the repository's own again; your answer is in {answer}"
+    return f"{path.name}: {function} is the repository's own again; {said}"
 
 
 def main(argv=None, root=ROOT):

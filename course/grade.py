@@ -12,6 +12,7 @@ import importlib.util
 import os
 import sys
 import traceback
+from pathlib import Path
 
 from course import EXERCISES, ROOT, Wrong
 
@@ -22,19 +23,45 @@ def fault_of(check, function, file=None):
         check(function)
     except Wrong as wrong:
         return str(wrong)
-    except Exception as error:  # the student's
+    except (Exception, SystemExit) as error:  # the student's
         if "yours to write" in f"{error} {error.__cause__}":
-            return "its body is still to be written"
-        return f"it raises {type(error).__name__}: {error}{place_in(error, file)}"
+            return whose_body(error.__cause__ or error, function)
+        return f"it raises {said_by(error)}{place_in(error, file)}"
     return None
 
 
-def place_in(error, file):
-    """Where in the student's file an error arose."""
+def whose_body(error, function):
+    """Which function is still to be written: the answer may call another exercise's."""
+    name = traceback.extract_tb(error.__traceback__)[-1].name
+    if name == getattr(function, "__name__", name):
+        return "its body is still to be written"
+    return f"it needs {name}, whose body is still to be written"
+
+
+def said_by(error):
+    """An error on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def place_in(error, file=None):
+    """The last line of the student's file, or of any but the course's, on the way to an error."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if file and frame.filename == str(ROOT / file):
-            return f" ({file}, line {frame.lineno})"
+        path = Path(frame.filename)
+        if not path.is_relative_to(ROOT):
+            continue
+        found = path.relative_to(ROOT)
+        others = "site-packages" in found.parts or found.parts[0] == "course"
+        if found == Path(file) if file else not others:
+            return f" ({found.as_posix()}, line {frame.lineno})"
     return ""
+
+
+def import_fault(error, file):
+    """Why there is no function to try."""
+    if isinstance(error, SyntaxError):  # its text names the place
+        return f"the file cannot be imported: {error}"
+    place = place_in(error) or f" ({file})"
+    return f"the file cannot be imported: {said_by(error)}{place}"
 
 
 def function_of(exercise):
@@ -68,8 +95,8 @@ def main(argv=None):
     for name in names:
         try:
             fault = grade(name)
-        except (SyntaxError, AttributeError, ImportError) as error:
-            fault = f"the file cannot be imported: {error}"
+        except (Exception, SystemExit) as error:
+            fault = import_fault(error, EXERCISES[name].file)
         faults += fault is not None
         print(f"{name}: not yet: {fault}" if fault else f"{name}: right")
     sys.exit(1 if faults else 0)

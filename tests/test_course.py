@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from course import EXERCISES, blank, grade, notebook
+from course import EXERCISES, Exercise, blank, grade, notebook
 from course.checks import CHECKS
 from course.grade import fault_of, function_of
 from kernels import triton_support
@@ -265,6 +265,57 @@ def test_a_body_is_taken_out_and_comes_back_and_the_answer_is_kept(clone):
                                                                       "EPISODES = 3")
 
 
+def write_answer(clone, body):
+    text = (clone / "eval.py").read_text()
+    (clone / "eval.py").write_text(text.replace('raise NotImplementedError("yours to write")', body))
+
+
+def test_no_answer_is_lost_by_another_or_by_none(clone, capsys):
+    answer, older = (clone / "course/answers" / name for name in ("iqm.py", "iqm-1.py"))
+    for body in ("return 1.0", None, "return 1.0", "return 2.0"):
+        run_blank(clone, "iqm")
+        if body:
+            write_answer(clone, body)
+        assert run_blank(clone, "iqm", "--restore") == text_of("iqm")
+        assert (body or "return 1.0") in answer.read_text()
+    said = [line.split("; ")[1] for line in capsys.readouterr().out.splitlines()[1::2]]
+    assert said == [f"your answer is in {answer}", "no new answer to keep",
+                    f"your answer is in {answer} already",
+                    f"your answer is in {answer}, the one before it in iqm-1.py"]
+    assert "return 1.0" in older.read_text()
+
+
+def test_a_body_that_git_brought_back_is_no_answer(clone):
+    for _ in range(2):
+        run_blank(clone, "iqm")
+        git(clone, "checkout", "eval.py")
+    assert "yours to write" in run_blank(clone, "iqm")
+    git(clone, "checkout", "eval.py")
+    assert run_blank(clone, "iqm", "--restore") == text_of("iqm")
+    assert list((clone / "course/answers").iterdir()) == []
+
+
+@pytest.mark.parametrize("above", ['PAGE = "\f\u2028"  # no ends of lines',
+                                   'def iqm(scores):\n    return "a draft"'])
+def test_the_answer_is_what_python_runs(clone, above):
+    """Lines are counted as Python does, and the last of two functions counts."""
+    run_blank(clone, "iqm")
+    write_answer(clone, "return 1.0")
+    text = (clone / "eval.py").read_text().replace("def iqm(", f"{above}\n\n\ndef iqm(")
+    (clone / "eval.py").write_text(text)
+    text = run_blank(clone, "iqm", "--restore")
+    assert text == text_of("iqm").replace("def iqm(", f"{above}\n\n\ndef iqm(")
+    assert "return 1.0" in (clone / "course/answers/iqm.py").read_text()
+
+
+def test_a_file_that_is_no_text_is_refused(clone, capsys):
+    run_blank(clone, "iqm")
+    (clone / "eval.py").write_bytes(b"# caf\xe9\n" + text_of("iqm").encode())
+    with pytest.raises(SystemExit) as end:
+        blank.main(["iqm", "--restore"], clone)
+    assert end.value.code == 2 and "mend this first" in capsys.readouterr().err
+
+
 def test_what_would_be_lost_or_cannot_be_done_is_refused(clone, capsys):
     assert "iqm is not taken out" in refused(clone, capsys, "iqm", "--restore")
     whole = text_of("iqm")
@@ -341,6 +392,35 @@ def test_what_grade_answers(error, code, said, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         grade.main(["iqm"])
     assert end.value.code == code and said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text, said", [
+    ("x = 1\niqm = y", "imported: NameError: name 'y' is not defined (answered.py, line 2)"),
+    ("import sys\nsys.exit('bye')", "imported: SystemExit: bye (answered.py, line 2)"),
+    ("raise ValueError('one\\ntwo')", "imported: ValueError: one two (answered.py, line 1)"),
+    ("def iqn(): 1", "imported: AttributeError: module 'answered' has no attribute 'iqm' "
+                     "(answered.py)"),
+    ("def iqm(scores):\n    exit(0)", "raises SystemExit: 0 (answered.py, line 2)"),
+])
+def test_a_broken_file_is_answered_in_one_line(text, said, tmp_path, monkeypatch, capsys):
+    (tmp_path / "answered.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(grade, "ROOT", tmp_path)
+    monkeypatch.setitem(EXERCISES, "iqm", Exercise("answered", "iqm"))
+    with pytest.raises(SystemExit) as end:
+        grade.main(["iqm"])
+    sys.modules.pop("answered", None)
+    assert end.value.code == 1
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith("iqm: not yet: ") and line.endswith(said)
+
+
+def test_a_blank_that_an_answer_calls_is_named(tmp_path):
+    function = made("iqm", blank.source_of(text_of("iqm"), "iqm"), tmp_path)
+    emptied = blank.source_of(blank.blanked(text_of("interval"), "interval"), "interval")
+    interval = made("interval", emptied, tmp_path)
+    fault = fault_of(lambda iqm: interval([iqm([1, 2])], max), function)
+    assert fault == "it needs interval, whose body is still to be written"
 
 
 def test_typing_errors_are_answered(capsys):
