@@ -8,6 +8,7 @@ The folder is a run without its training: `python eval.py results/pretrained` sc
 import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,14 @@ import torch.distributed.checkpoint as dcp
 
 import checkpoint
 import envs
-from data import write_file
+from checkpoint import RunError
+from data import DataError, write_file
 from eval import evaluate, rollout, table
 from studies import RESULTS
 
 COLUMNS, EDGE, FRAMES = 4, 128, 60  # of the film: tasks in a row, pixels of one, its length
 EPISODES = 10
+WRITTEN = {"checkpoints", "config.json", "eval.json", "tasks.gif"}  # what the folder comes to hold
 
 
 def strip(run, folder):
@@ -58,15 +61,26 @@ def film(plays):
     return frames
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--out", type=Path, default=RESULTS / "pretrained")
-    args = parser.parse_args()
-    partial = args.out.with_name(f"{args.out.name}.partial")
+def check_out(folder, run):
+    """RunError unless the folder may be deleted: it is not there, or this command has made it."""
+    if folder == run.resolve():
+        raise RunError(f"{folder} is the run itself: give another --out")
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is a file: give a folder as --out")
+    for path in sorted(folder.glob("*")):
+        if path.name.removesuffix(".partial") not in WRITTEN:
+            raise RunError(f"{path} is not this command's, and would be deleted: give another "
+                           "--out, or move it away")
+
+
+def make(run, out):
+    """Put the model, its scores and its film into the folder `out`, whole or not at all."""
+    out = out.resolve()
+    partial = out.with_name(f"{out.name}.partial")  # what a killed one left may be there
+    for folder in (out, partial):
+        check_out(folder, run)
     shutil.rmtree(partial, ignore_errors=True)
-    model, config = strip(args.run, partial)
+    model, config = strip(run, partial)
     settings, metas = config["settings"], config["tasks"]
     how, eta, seed = settings["act"], settings["eta"], config["train"]["seed"] + 1
     summary = evaluate(model, metas, EPISODES, seed, how, eta)
@@ -74,9 +88,23 @@ def main():
     write_file(partial / "eval.json", json.dumps(about | summary, indent=2) + "\n")
     plays = rollout(model, metas, 1, seed, how, eta, render=True)
     envs.write_video(partial / "tasks.gif", film(plays))
-    shutil.rmtree(args.out, ignore_errors=True)
-    partial.rename(args.out)
-    print(f"{table(summary)}\nwrote {args.out}")
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)
+    print(f"{table(summary)}\nwrote {out}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m studies.pretrained", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--out", type=Path, default=RESULTS / "pretrained")
+    args = parser.parse_args(argv)
+    try:
+        make(args.run, args.out)
+    except (RunError, DataError, OSError) as error:
+        print(f"studies.pretrained: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What studies.choice says on tables whose answer is known, and that it plays nothing twice."""
+"""What studies.choice says on tables whose answer is known, and that it plays nothing twice; and
+what studies.pretrained may replace."""
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import prepare
 from checkpoint import RunError
 from envs import Play
 from model import Perceiver
-from studies import choice
+from studies import choice, pretrained
 from studies.choice import COLUMNS, NUMBERS, SEED, WAYS, choose, iqms, play, scores_of
 from studies.runs import Table
 from tests.conftest import tiny
@@ -233,3 +234,57 @@ def test_a_table_of_other_columns(tmp_path):
     (tmp_path / "choice.csv").write_text("a,b\n1,2\n")
     with pytest.raises(RunError, match="is damaged"):
         scores_of(table_of(tmp_path), RUN)
+
+
+# ---------------------------------------------------------------- studies.pretrained
+
+def pretrained_refuses(capsys, *flags):
+    """What `python -m studies.pretrained FLAGS` says before it ends with exit code 2."""
+    with pytest.raises(SystemExit) as end:
+        pretrained.main([str(flag) for flag in flags])
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_pretrained_model_of_no_run_is_one_line(tmp_path, capsys):
+    said = pretrained_refuses(capsys, tmp_path / "none", "--out", tmp_path / "out")
+    assert said.startswith("studies.pretrained: ") and said.count("\n") == 1
+    assert "none: not a run's folder" in said
+
+
+@pytest.mark.parametrize("run, out, says", [
+    ("run", "run", "is the run itself"),
+    ("run", "run/../run", "is the run itself"),
+    ("run", "notes", "notes/notes.txt is not this command's"),
+    ("run", ".", "/new.partial is not this command's"),
+    ("run", "new", "new.partial/notes.txt is not this command's"),
+    ("run", "notes/notes.txt", "is a file"),
+])
+def test_what_pretrained_has_not_written_is_kept(tmp_path, monkeypatch, capsys, run, out, says):
+    for path in "run/config.json", "notes/config.json", "notes/notes.txt", "new.partial/notes.txt":
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    said = pretrained_refuses(capsys, run, "--out", out)
+    assert says in said and said.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_pretrained_has_written_is_replaced(tmp_path, trained, monkeypatch):
+    trained |= {"train": {"seed": 0}, "settings": {"act": "mean", "eta": 1.0}}
+    out = tmp_path / "out"
+
+    def strip(run, folder):
+        folder.mkdir()
+        (folder / "config.json").write_text(run.name)
+        return None, trained
+
+    for name, value in {"strip": strip, "evaluate": lambda *_: {"iqm": 0.5}, "film": list,
+                        "rollout": lambda *_, **__: [], "table": str}.items():
+        monkeypatch.setattr(pretrained, name, value)
+    monkeypatch.setattr(pretrained.envs, "write_video", lambda path, _: path.write_text(""))
+    for name in "one", "two":
+        pretrained.main([name, "--out", str(out)])
+        assert {path.name for path in out.iterdir()} == {"config.json", "eval.json", "tasks.gif"}
+        assert (out / "config.json").read_text() == name
