@@ -29,7 +29,7 @@ import parallel
 import prepare
 from behaviors import TASKS
 from checkpoint import RunError, checkpoints, find_checkpoint, restore, save
-from eval import act, draws, evaluate
+from eval import COUNT, act, draws, evaluate
 from kernels.categorical_projection import bellman_cross_entropy
 from kernels.graph import Graphs
 from learner import RISE, Learner, cloning_loss, settings_for
@@ -406,7 +406,7 @@ def parse_args(argv=None):
         prog="python -m studies.scaling", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("plan", "run", "fit", "plot"))
-    parser.add_argument("--workers", type=int, default=2,
+    parser.add_argument("--workers", type=COUNT, default=2,
                         help="runs at a time, one thread each (default: %(default)s)")
     parser.add_argument("--index", type=int, help="run: this one of the plan's alone")
     parser.add_argument("--folder", type=Path, help="instead of runs/ and results/, for a trial")
@@ -414,8 +414,8 @@ def parse_args(argv=None):
                         help="the default data (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
                         help="that trains: cuda by CUDA graphs (default: %(default)s)")
-    parser.add_argument("--updates", type=int, help="a trial's: fewer than the sweep's")
-    parser.add_argument("--episodes", type=int, default=EPISODES,
+    parser.add_argument("--updates", type=COUNT, help="a trial's: fewer than the sweep's")
+    parser.add_argument("--episodes", type=COUNT, default=EPISODES,
                         help="a task and evaluation (default: %(default)s)")
     args = parser.parse_args(argv)
     trial = args.updates is not None or args.episodes != EPISODES

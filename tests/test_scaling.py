@@ -285,6 +285,9 @@ def test_fit_and_plot_need_the_table_alone(tmp_path, monkeypatch):
     (["plot"], "has no rows yet"),
     (["run", "--index", "999"], "the plan has runs 0 to"),
     (["run", "--episodes", "1"], "one alone tells of no spread"),
+    (["run", "--updates", "0", "--index", "0"], "argument --updates: 0: it has to be 1 or more"),
+    (["run", "--updates", "-8", "--index", "0"], "argument --updates: -8: it has to be 1 or more"),
+    (["run", "--workers", "0"], "argument --workers: 0: it has to be 1 or more"),
     (["run", "--index", "0", "--datasets", "nowhere"], "nowhere/switching: no data set here"),
 ])
 def test_what_cannot_be_is_said_in_a_line(tmp_path, capsys, flags, said):
