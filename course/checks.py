@@ -23,6 +23,8 @@ def expect(got, want, case, kind="a value"):
     want = torch.as_tensor(want, dtype=torch.float64)
     if got is None:
         raise Wrong(f"nothing is returned: {case}")
+    if isinstance(got, np.ndarray):
+        got = got.copy()  # torch takes none that is reversed, as by [::-1]
     try:
         got = torch.as_tensor(got).detach().double()
     except (TypeError, ValueError, RuntimeError):
@@ -42,13 +44,48 @@ def expect(got, want, case, kind="a value"):
     raise Wrong(f"{kind}: {case} ({numbers})")
 
 
+def expect_gradient(got, leaf, want, case):
+    """What reaches a leaf from the sum of a result; code that leaves torch loses it."""
+    grad = None
+    if getattr(got, "requires_grad", False):
+        grad = torch.autograd.grad(got.sum(), leaf, allow_unused=True)[0]
+    if grad is None:
+        raise Wrong(f"a gradient: none reaches {case}")
+    expect(grad, want, f"what reaches {case}", "a gradient")
+
+
 def seeded(*shape, seed=0):
     """Uniform numbers on [0, 1)."""
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def tensors_in(given):
+    """The tensors among arguments, arrays as well; they share their memory."""
+    if isinstance(given, (Batch, Policy)):
+        given = list(vars(given).values())
+    if isinstance(given, (list, tuple)):
+        return [tensor for part in given for tensor in tensors_in(part)]
+    known = isinstance(given, (torch.Tensor, np.ndarray))
+    return [torch.as_tensor(given).detach()] if known else []
+
+
+def watched(check):
+    """The check, which then also refuses a function that changes what it is given."""
+    def check_and_watch(function):
+        def call(*given):
+            tensors = tensors_in(given)
+            before = [tensor.clone() for tensor in tensors]
+            got = function(*given)
+            if not all(map(torch.equal, tensors, before)):
+                raise Wrong("an input: the function changes what it is given")
+            return got
+        check(call)
+    return check_and_watch
+
+
 # ---------------------------------------------------------------- returns
 
+@watched
 def return_to_go(function):
     expect(function(np.array([1.0, 2.0, 4.0]), True, 0.5), [3, 4, 4],
            "the returns of three steps, after which the episode is over for good")
@@ -71,6 +108,7 @@ def window(reward, terminated, length):
     return Batch(rows, 1, torch.tensor([0]))
 
 
+@watched
 def n_step_returns(function):
     half = torch.tensor([0.5])
     cases = [
@@ -91,7 +129,7 @@ def n_step_returns(function):
 
 
 def pair(got):
-    if not isinstance(got, tuple) or len(got) != 2:
+    if not isinstance(got, (tuple, list)) or len(got) != 2:
         raise Wrong("a type: two tensors are returned, the reward and the discount")
     return got
 
@@ -103,6 +141,7 @@ def at(*atoms, of=5):
     return torch.eye(of)[list(atoms)]
 
 
+@watched
 def project(function):
     def moved(probs, shift, scale):
         shift, scale = torch.tensor(shift), torch.tensor(scale)
@@ -120,10 +159,12 @@ def project(function):
     shift, scale = 0.2 * seeded(6, seed=1), 0.7 * seeded(6, seed=2)
     got, atoms = function(probs.clone(), shift, scale), torch.linspace(0, 1, 11)
     expect(got.sum(-1), torch.ones(6), "the sum of a distribution after it was moved", "lost mass")
-    expect(got @ atoms, shift + scale * (probs @ atoms), "the mean of a distribution after it was "
-           "moved, of which nothing was cut off")
+    got = torch.as_tensor(got).double()
+    expect(got @ atoms.double(), shift + scale * (probs @ atoms),
+           "the mean of a distribution after it was moved, of which nothing was cut off")
 
 
+@watched
 def bellman(function):
     logits = torch.tensor([[0.0, 1.0, -1.0, 0.5, 2.0]] * 2, requires_grad=True)
     probs = torch.cat([at(0), at(4)]).requires_grad_()
@@ -154,6 +195,12 @@ def mixture(*components, mask=None):
     return Policy(shares.log(), bins.log(), mask)
 
 
+def states(*policies):
+    """The Policy of several states."""
+    return Policy(*(torch.cat(parts) for parts in zip(*(vars(p).values() for p in policies))))
+
+
+@watched
 def log_prob(function):
     bins = [[0.5, 0.5], [0.2, 0.8]]
     one = mixture((1.0, bins))
@@ -167,13 +214,23 @@ def log_prob(function):
     absent = mixture((1.0, [[0.7, 0.3], [0.9, 0.1]]), mask=[True, False])
     expect(function(absent, torch.tensor([[[0.3, 0.9]]])), np.log([[0.3]]),
            "a dimension that this task does not have has a say in the probability", "a mask")
+    expect(function(states(one, absent), torch.tensor([[[-0.5, 0.5]], [[0.3, 0.9]]])),
+           np.log([[0.4], [0.3]]), "two states, each with a policy of its own")
+    one.log_bins.requires_grad_()
+    expect_gradient(function(one, actions[:, :1]), one.log_bins, [[[[1, 0], [0, 1]]]],
+                    "the policy from an action's log-probability")
 
 
+@watched
 def sample(function):
     policy = mixture((1.0, [[0.7, 0.2, 0.1], [0.2, 0.2, 0.6]]))
     count = 20_000
-    actions = function(policy, seeded(1, count, 3))
+    noise = seeded(1, count, 3)
+    actions = function(policy, noise)
+    if not isinstance(actions, torch.Tensor):
+        raise Wrong("a type: a tensor of actions is returned")
     expect(actions.shape, (1, count, 2), "the shape of the actions, (B, N, A)", "a shape")
+    expect(function(policy, noise), actions, "the same noise gives other actions")
     nearest = ((1.5 * actions).round() / 1.5 - actions).abs().max()  # -2/3, 0, 2/3
     if nearest > 1e-4:
         raise Wrong(f"a value: an action lies {nearest:.2g} beside the centre of its bin")
@@ -187,12 +244,20 @@ def sample(function):
     about((actions[:, 0] != actions[:, 1]).double().mean(), 0.0,
           "actions that no component would ever make")
     about(actions[:, 0].double().mean(), 0.75, "how often the heavier component is drawn")
-    even = mixture(*[(0.5, [[0.5, 0.5], [0.5, 0.5]])] * 2)
-    noise = seeded(1, count, 3)
-    high = function(even, noise)[0] > 0
-    first = noise[0, :, 0] < 0.5  # the draws of one of the components
-    about(high[first, 0].double().mean(), 0.5, "the bin depends on the number that chose the "
-          "component")
+    left, right = [0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]
+    actions = function(mixture((0.5, [left, left]), (0.5, [right, right])), noise)[0]
+    for dimension in (0, 1):
+        drawn = actions[actions[:, 0] < 0, dimension]  # one component's
+        about((drawn < -0.5).double().mean(), 0.5, "the bin depends on the number that chose the "
+              "component")
+    two = states(mixture((1.0, low)), mixture((1.0, high)))
+    drawn = function(two, seeded(2, 4, 3))
+    expect(drawn.sign(), torch.tensor([-1.0, 1.0])[:, None, None].expand(2, 4, 2),
+           "two states, each with a policy of its own")
+    sharp = mixture((0.5, [[0.1, 0.3]]), (1.5, [[0.3, 0.1]]))
+    drawn = function(sharp, noise[..., :2])[0, :, 0] > 0
+    about(drawn.double().mean(), 0.25 * 0.75 + 0.75 * 0.25,
+          "a policy that is not normalised: how often the upper bin is drawn")
 
 
 def shares_of(values):
@@ -203,11 +268,12 @@ def shares_of(values):
 def about(got, want, case):
     """As `expect`, of what is only known up to chance."""
     want = torch.as_tensor(want, dtype=torch.float64)
-    if (got - want).abs().max() > 0.02:
+    if not (got - want).abs().max() <= 0.02:  # nor is NaN
         numbers = f"{got.tolist()} where about {want.tolist()} is right"
         raise Wrong(f"a share of the draws: {case} ({numbers})")
 
 
+@watched
 def entropy(function):
     even, certain = [0.5, 0.5], [1.0, 0.0]
     expect(function(mixture((1.0, [even]))), math.log(2), "one dimension of two even bins, in nats")
@@ -220,19 +286,26 @@ def entropy(function):
            "two components of unlike weight")
     expect(function(mixture((1.0, [certain, even]), mask=[True, False])), 0.0,
            "a dimension that this task does not have is counted", "a mask")
+    two = states(mixture((1.0, [even])), mixture((1.0, [certain])))
+    expect(function(two), math.log(2) / 2, "two states, of which one is certain")
 
 
+@watched
 def cloning_loss(function):
     policy = mixture((1.0, [[0.25, 0.75]]))
-    two = Policy(*(torch.cat([x, x]) for x in vars(policy).values()))
+    two = states(policy, policy)
     expect(function(policy, torch.tensor([[0.5]])), [-math.log(0.75)],
            "the loss of the likelier of two actions")
     expect(function(two, torch.tensor([[0.5], [-0.5]])), [-math.log(0.75), -math.log(0.25)],
            "the losses of two states, one number each")
+    policy.log_bins.requires_grad_()
+    expect_gradient(function(policy, torch.tensor([[0.5]])), policy.log_bins, [[[[0, -1]]]],
+                    "the policy from the loss")
 
 
 # ---------------------------------------------------------------- weights
 
+@watched
 def weights_of_data(function):
     zero, third = torch.zeros(2, dtype=torch.long), math.log(3) / 2
     expect(function(torch.tensor([0.2, 0.4]), zero, 1, third), [0.5, 1.5],
@@ -241,6 +314,8 @@ def weights_of_data(function):
     tasks = torch.tensor([0, 1, 0, 1])
     expect(function(torch.tensor([0.2, 90.0, 0.4, 110.0]), tasks, 2, third), [0.5, 0.5, 1.5, 1.5],
            "two tasks whose returns are of unlike size")
+    expect(function(torch.tensor([0.2, 5.0, 0.4]), torch.tensor([0, 1, 0]), 2, third),
+           [0.5, 1, 1.5], "a task of which there is one row")
     for sign, case in ((-1, "an outlier far below its task rules the weights"),
                        (1, "an outlier far above its task rules the weights")):
         merit = sign * torch.tensor([0.0] * 9 + [90.0])  # the mean is 9, the mean deviation 16.2
@@ -249,6 +324,7 @@ def weights_of_data(function):
         expect(function(merit, torch.zeros(10, dtype=torch.long), 1, 1.0), raw / raw.mean(), case)
 
 
+@watched
 def improvement(function):
     log_3 = math.log(3)
     one = torch.ones(1)
@@ -261,8 +337,10 @@ def improvement(function):
     expect(function(torch.tensor([[0.0, 3 * log_3], [log_3, 0.0]]), torch.tensor([3.0, 1.0]), 1.0),
            [[0.25, 0.75], [0.75, 0.25]], "two states, each with the spread of its own task")
     expect(function(torch.tensor([[0.0, 500.0]]), one, 1.0), [[0, 1]], "values far apart")
+    expect(function(torch.zeros(1, 2), 0 * one, 1.0), [[0.5, 0.5]], "a spread of 0")
 
 
+@watched
 def improve_on_data(function):
     """Against w * clone, with the advantage worked out here."""
     metas = [dict(name=name, instruction="go", obs_dim=2, action_dim=1, discount=0.5,
@@ -281,7 +359,7 @@ def improve_on_data(function):
     shift = (reward - (1 - bootstrap) * learner.low[batch.task]) / learner.range[batch.task]
     clone = (1 + seeded(8, seed=1)).requires_grad_()
     got = function(learner, batch, clone, shift, bootstrap)
-    if not isinstance(got, tuple) or len(got) != 3:
+    if not isinstance(got, (tuple, list)) or len(got) != 3 or not isinstance(got[2], dict):
         raise Wrong("a type: the term, the next value's distribution and metrics are returned")
     target = learner.target_model
     with torch.no_grad():
@@ -298,6 +376,7 @@ def improve_on_data(function):
 
 # ---------------------------------------------------------------- statistics
 
+@watched
 def interquartile_mean(function):
     expect(function([0, 1, 2, 3, 4, 5, 6, 100]), 3.5, "eight scores, of which one is an outlier")
     expect(function([100, 4, 1, 0, 2, 9, 3]), 19 / 5, "seven scores, which do not come in order")
@@ -306,6 +385,7 @@ def interquartile_mean(function):
            "scores of two seeds and three tasks")
 
 
+@watched
 def bootstrap_interval(function):
     def mean(samples):
         return samples[0].mean()
@@ -315,6 +395,7 @@ def bootstrap_interval(function):
     expect(got, [7, 7], "the interval of ten equal numbers")
     sample = rng.normal(3, 1, 400)
     low, high = function([sample], mean)
+    expect(function([sample], mean), [low, high], "the same interval, asked for twice")
     if low > high:
         raise Wrong("an order: the lower end lies above the upper one")
     width = (high - low) / (2 * 1.96 * sample.std() / len(sample) ** 0.5)
@@ -347,14 +428,15 @@ def by_hand(q, k, v, mask=None):
 
 
 def inputs(batch, heads, len_q, len_k, width):
-    """q, k, v, and a mask whose last sample has no key at all."""
-    q, k, v = (4 * seeded(batch, heads, length, width, seed=seed) - 2
+    """q, k, v, with the model's strides, and a mask whose last sample has no key at all."""
+    q, k, v = (4 * seeded(batch, length, heads, width, seed=seed).transpose(1, 2) - 2
                for seed, length in enumerate((len_q, len_k, len_k)))
     mask = seeded(batch, len_k, seed=3) < 0.7
     mask[0], mask[-1] = True, False
     return q, k, v, mask
 
 
+@watched
 def attention(function):
     q, k, v, mask = inputs(3, 2, 4, 7, 16)
     expect(function(q, k, v), by_hand(q, k, v), "attention of four queries to seven keys")
@@ -362,6 +444,12 @@ def attention(function):
            "padding has a say in what is read, or keys that are none have not", "a mask")
     expect(function(q, k, v, mask), by_hand(q, k, v, mask),
            "a sample all of whose keys are padding is to give zeros", "a mask")
+    expect(function(30 * q, k, v), by_hand(30 * q, k, v),
+           "scores in the hundreds, whose exponential no float holds")
+    for name, leaf in (("queries", q), ("keys", k), ("values", v)):
+        leaf.requires_grad_()
+        want = torch.autograd.grad(by_hand(q, k, v).sum(), leaf)[0]
+        expect_gradient(function(q, k, v), leaf, want, f"the {name} from the result")
 
 
 def forward_kernel(function):

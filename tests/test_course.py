@@ -1,7 +1,8 @@
 """The course: its graders both ways, the commands as a student gives them, and its texts.
 
-A grader passes on the repository's own code. It fails on the blanked body and on each of WRONG: the
-answers that students give, made by a change of the repository's own text.
+A grader passes on the repository's own code, and on each of RIGHT: the same in another style. It
+fails on the blanked body and on each of WRONG: the answers that students give. Both are made by a
+change of the repository's own text.
 """
 
 import json
@@ -31,6 +32,7 @@ WRONG = {
         (" / (1 - discount)\n    returns", "\n    returns", "a time limit"),
         ("reversed(range(len(reward)))", "range(len(reward))", "returns of three steps"),
         ("discount * future", "future", "returns of three steps"),
+        ("np.empty(len(reward))", "reward", "changes what it is given"),
     ],
     "n_step_return": [
         (" * (~batch.terminated.any(1)).float()", "", "ends for good"),
@@ -59,6 +61,8 @@ WRONG = {
     ],
     "log_prob": [
         (" * self.mask[:, None, :, None]", "", "a mask"),
+        ("self.mask[:, None, :, None]", "self.mask[:1, None, :, None]", "two states"),
+        ("self.log_bins.gather", "self.log_bins.detach().gather", "a gradient"),
         ("self.log_components[..., None] + ", "", "unlike weight"),
         ("of_dims.sum(2)", "of_dims.mean(2)", "with one component"),
         ("torch.logsumexp(", "torch.sum(", "unlike weight"),
@@ -76,6 +80,13 @@ WRONG = {
          "(self.log_components.exp()[..., None, None] * cdf_of_bins).sum(1)[:, None]"
          ".expand(-1, noise.shape[1], -1, -1)", "no component would ever make"),
         ("self.log_bins.exp().cumsum(-1)", "self.log_bins.exp()", "how often each bin"),
+        ("return bin_centre", "bin_centre", "a type"),
+        ("noise[..., 1:])", "torch.rand_like(noise[..., 1:]))", "the same noise"),
+        ("noise[..., 1:])", "noise[..., :-1])", "chose the component"),
+        ("cdf_of_bins[rows, component]", "cdf_of_bins[0 * rows, component]", "two states"),
+        ("draw(cdf_of_bins[rows, component], noise[..., 1:])",
+         "(cdf_of_bins[rows, component] <= noise[..., 1:, None]).sum(-1).clamp(max="
+         "cdf_of_bins.shape[-1] - 1)", "not normalised"),
     ],
     "entropy": [
         ("(entropy * self.mask).sum() / self.mask.sum()", "entropy.mean()", "a mask"),
@@ -84,11 +95,13 @@ WRONG = {
         ("(entropy * self.mask).sum() / self.mask.sum()", "(entropy * self.mask).sum()",
          "two dimensions"),
         ("log_probs.detach().exp().sum(1)", "log_probs.detach().exp()", "unlike weight"),
+        ("self.mask.sum()", "self.mask[0].sum()", "two states"),
     ],
     "cloning_loss": [
         ("return -", "return ", "a sign"),
         ("[:, 0]", "[:, 0].exp()", "a value"),
         ("[:, 0]", "[:, 0].mean()", "a shape"),
+        ("[:, 0]", "[:, 0].detach()", "a gradient"),
         ("[:, 0]", "", "a shape"),
     ],
     "data_weights": [
@@ -98,6 +111,7 @@ WRONG = {
         ("return w / mean_per_task(w, task, num_tasks)", "return w", "one mean deviation"),
         ("merit - mean_per_task(merit, task, num_tasks)", "merit - merit.mean()", "two tasks"),
         ("w / mean_per_task(w, task, num_tasks)", "w / w.sum()", "one mean deviation"),
+        (" + 1e-8", "", "one row"),
     ],
     "improvement_weights": [
         (" * spread[:, None]", "", "a tenth"),
@@ -108,6 +122,7 @@ WRONG = {
          "torch.exp(q / (eta * spread[:, None]))", "differ by log 3"),
         ("torch.softmax(q / (eta * spread[:, None] + 1e-8), dim=-1)",
          "(lambda w: w / w.sum(-1, True))(torch.exp(q / (eta * spread[:, None])))", "not finite"),
+        (" + 1e-8", "", "a spread of 0"),
     ],
     "improve_on_data": [
         ("return w * clone", "return clone", "weighted by how good it was"),
@@ -116,6 +131,7 @@ WRONG = {
         ("1 / self.settings.eta", "self.settings.eta", "weighted by how good it was"),
         ("self.target_model, batch.task", "self.model, batch.task", "next states' distribution"),
         ("return w * clone", "return w * clone.detach() + 0 * clone", "a gradient"),
+        ('{"policy/ess": ess}', "None", "a type"),
     ],
     "iqm": [
         ("int(0.25 * len(flat))", "round(0.25 * len(flat))", "seven scores"),
@@ -124,9 +140,11 @@ WRONG = {
         ("flat[cut:len(flat) - cut].mean()", "np.median(flat)", "seven scores"),
         ("flat[cut:len(flat) - cut].mean()", "flat[cut:].mean()", "outlier"),
         ("flat[cut:len(flat) - cut].mean()", "flat.mean()", "outlier"),
+        ("np.sort(np.ravel(scores))", "np.ravel(scores); flat.sort()", "changes what it is given"),
     ],
     "interval": [
         ("[2.5, 97.5]", "[5, 95]", "a width"),
+        ("default_rng(seed)", "default_rng()", "asked for twice"),
         ("[2.5, 97.5]", "[97.5, 2.5]", "an order"),
         ("len(x))", "len(x), replace=False)", "a width"),
         ("rng.choice(x, len(x))", "rng.choice(x, len(x) // 2)", "a width"),
@@ -142,15 +160,49 @@ WRONG = {
         ("~mask[:, None, None, :]", "mask[:, None, None, :]", "a mask"),
         ("weights = weights.masked_fill(padding, 0.0)", "pass", "all of whose keys"),
         ("torch.finfo(scores.dtype).min", "0.0", "padding has a say"),
+        ("k.transpose(-2, -1)", "k.detach().transpose(-2, -1)", "a gradient"),
+        ("torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))",
+         "scores.exp() / scores.exp().sum(-1, keepdim=True)", "scores in the hundreds"),
     ],
     "forward_kernel": [
         ("v, out * shrink[:, None])", "v, out)", "more keys than one tile"),
         ("total * shrink +", "total +", "more keys than one tile"),
         ("scale * LOG2_E", "LOG2_E", "one tile"),
+        ("load_tile(k_ptr, start_k, k_l,", "load_tile(k_ptr, start_k, D,", "one tile"),
         ('s = tl.where(attend[None, :], s, float("-inf"))', "pass", "one tile"),
         ("out / total[:, None]", "out", "one tile"),
         ("highest + tl.log2(total)", "tl.log2(total)", "the second output"),
         ("tl.maximum(highest, tl.max(s, 1))", "tl.zeros_like(highest)", "not finite"),
+    ],
+}
+# By exercise: right answers in another style, each as (text, what a student writes there).
+RIGHT = {
+    "return_to_go": [
+        ("return returns", "return np.array(list(returns)[::-1])[::-1]"),
+        ("return returns", "return list(returns)"),
+    ],
+    "n_step_return": [
+        ("return reward, bootstrap", "return [reward, bootstrap]"),
+        ("discount ** batch.valid.sum(1) * (~batch.terminated.any(1)).float()",
+         "torch.stack([d ** sum(v.tolist()) * (not any(end.tolist())) for d, v, end in"
+         " zip(discount, batch.valid, batch.terminated)])"),
+    ],
+    "project": [("lower + 1, to_upper)", "lower + 1, to_upper).double()")],
+    "sample": [  # the last number, and not the first, chooses the component
+        ("noise[..., 0])  # (B, N)\n", "noise[..., -1])\n        noise = noise.roll(1, -1)\n"),
+    ],
+    "improve_on_data": [
+        ('return w * clone, next_probs, {"policy/ess": ess}', "return [w * clone, next_probs, {}]"),
+    ],
+    "iqm": [
+        ("def iqm(scores)", "def iqm(scores: list) -> float"),
+        ("flat[cut:len(flat) - cut].mean()",
+         "sum(flat[i] for i in range(cut, len(flat) - cut)) / (len(flat) - 2 * cut)"),
+    ],
+    "interval": [
+        ("resamples=2000, seed=0", "resamples: int = 1000, seed: int = 7"),
+        ("[float(v) for v in np.percentile(values, [2.5, 97.5])]",
+         "tuple(np.quantile(values, (0.025, 0.975)))"),
     ],
 }
 INTERPRETED = ["forward_kernel"]  # needs a process in which Triton is interpreted
@@ -184,6 +236,10 @@ def judge(name, tmp_path):
         fault = fault_of(check, made(name, source.replace(before, after), tmp_path))
         assert fault is not None, f"{name}: {after!r} passes for {before!r}"
         assert said in fault, f"{name}: {after!r} for {before!r}: {fault}"
+    for before, after in RIGHT.get(name, ()):
+        assert before in source, f"{name}: RIGHT names {before!r}, which is not in it any more"
+        fault = fault_of(check, made(name, source.replace(before, after), tmp_path))
+        assert fault is None, f"{name}: {after!r} for {before!r}: {fault}"
 
 
 # ---------------------------------------------------------------- graders, both ways
@@ -267,7 +323,8 @@ def test_a_body_is_taken_out_and_comes_back_and_the_answer_is_kept(clone):
 
 def write_answer(clone, body):
     text = (clone / "eval.py").read_text()
-    (clone / "eval.py").write_text(text.replace('raise NotImplementedError("yours to write")', body))
+    text = text.replace('raise NotImplementedError("yours to write")', body)
+    (clone / "eval.py").write_text(text)
 
 
 def test_no_answer_is_lost_by_another_or_by_none(clone, capsys):
