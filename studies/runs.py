@@ -7,6 +7,7 @@ import argparse
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ SEEDS = (0, 1, 2)
 EPISODES = 20  # a task and run
 NUMBERS = {"seed": int, "score": lambda text: float(text) if text else None}  # of most tables
 FILE_LOCK = RLock()  # several runs end at once
+STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # exit codes after Ctrl-C and `kill`
 SHOWN_ROWS = [*TASKS, "IQM"]
 DECIDE = ("data", "steps", "episodes")  # may change on --resume, and not between a study's runs
 DRAWN = "mean and range over seeds; IQM with its 95% interval"
@@ -211,6 +213,8 @@ def call(command, path):
     with open(path, "a") as log:
         ran = subprocess.run(command, stdout=log, stderr=log,
                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if ran.returncode in STOPPED:
+        raise RunError(f"a run was stopped; its log is {path}")
     if ran.returncode not in (0, EPISODES_FAILED):
         raise RunError(f"a run has failed; {path} says why")
 
@@ -219,6 +223,7 @@ def at_a_time(workers, work, jobs):
     """work(job) for every job, several at a time, each on one thread.
 
     One that fails by a RunError, which says why, stops no other; the command ends with 2 then.
+    After Ctrl-C, which the runs get too and save by, no other is started, and it ends with 130.
     """
     failed = []
 
@@ -231,8 +236,14 @@ def at_a_time(workers, work, jobs):
 
     print(f"{len(jobs)} runs, {workers} at a time")
     with ThreadPoolExecutor(workers) as pool:
-        for future in [pool.submit(attempt, job) for job in jobs]:
-            future.result()
+        try:
+            for future in [pool.submit(attempt, job) for job in jobs]:
+                future.result()
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second is for the runs in hand alone
+            pool.shutdown(wait=False, cancel_futures=True)
+            print("stopped: the study goes on when it is started again", file=sys.stderr)
+            sys.exit(130)
     if failed:
         sys.exit(2)
 

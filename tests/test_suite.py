@@ -532,11 +532,40 @@ def test_a_task_without_a_reference_has_a_row_and_no_score(tmp_path, capsys):
     assert table.rows()[-1]["score"] is None
 
 
-@pytest.mark.parametrize("code, stops", [(0, False), (3, False), (2, True), (1, True)])
-def test_a_study_goes_on_after_failed_episodes_alone(tmp_path, code, stops):
+@pytest.mark.parametrize("code, said", [
+    (0, None), (3, None), (2, "has failed; .*log says why"), (1, "has failed; .*log says why"),
+    (130, "was stopped"), (143, "was stopped")])
+def test_a_study_goes_on_after_failed_episodes_alone(tmp_path, code, said):
     """Exit code 3: the run was trained, and some episodes of its evaluation failed."""
-    with pytest.raises(RunError, match="log says why") if stops else nullcontext():
+    with pytest.raises(RunError, match=said) if said else nullcontext():
         runs.call(["-c", f"raise SystemExit({code})"], tmp_path / "log")
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_run_that_a_signal_has_ended_was_stopped(tmp_path, name):
+    code = f"import os, signal; signal.signal(signal.{name}, signal.SIG_DFL); "
+    with pytest.raises(RunError, match="was stopped"):
+        runs.call(["-c", code + f"os.kill(os.getpid(), signal.{name})"], tmp_path / "log")
+
+
+def test_ctrl_c_starts_no_other_run_and_waits_for_those_in_hand():
+    """It is pressed twice, as people do."""
+    code = """if True:
+        import os, signal, time
+        from studies import runs
+
+        def work(job):
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.5)
+            print("saved", job)
+
+        runs.at_a_time(1, work, [0, 1, 2])
+    """
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 130
+    assert ran.stdout == "3 runs, 1 at a time\nsaved 0\n"
+    assert ran.stderr == "stopped: the study goes on when it is started again\n"
 
 
 def test_a_run_that_fails_stops_no_other_and_the_command_ends_with_2(capsys):
