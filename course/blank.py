@@ -85,7 +85,7 @@ def blanked(text, function):
 # ---------------------------------------------------------------- the working tree
 
 def read(path):
-    return path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8-sig")  # some editors put a mark first
 
 
 def write(path, text):

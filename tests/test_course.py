@@ -365,6 +365,13 @@ def test_the_answer_is_what_python_runs(clone, above):
     assert "return 1.0" in (clone / "course/answers/iqm.py").read_text()
 
 
+def test_an_editor_may_mark_the_file(clone):
+    run_blank(clone, "iqm")
+    text = (clone / "eval.py").read_text()
+    (clone / "eval.py").write_text(text, encoding="utf-8-sig")
+    assert run_blank(clone, "iqm", "--restore") == text_of("iqm")
+
+
 def test_a_file_that_is_no_text_is_refused(clone, capsys):
     run_blank(clone, "iqm")
     (clone / "eval.py").write_bytes(b"# caf\xe9\n" + text_of("iqm").encode())
@@ -470,6 +477,18 @@ def test_a_broken_file_is_answered_in_one_line(text, said, tmp_path, monkeypatch
     assert end.value.code == 1
     [line] = capsys.readouterr().out.splitlines()
     assert line.startswith("iqm: not yet: ") and line.endswith(said)
+
+
+def test_a_second_import_tells_the_first_ones_error(monkeypatch, capsys):
+    errors = iter([NameError("the cause"), RuntimeError("registered twice")])
+
+    def broken(_):
+        raise next(errors)
+
+    monkeypatch.setattr(grade, "function_of", broken)
+    with pytest.raises(SystemExit):
+        grade.main(["iqm", "interval"])
+    assert capsys.readouterr().out.count("NameError: the cause") == 2
 
 
 def test_a_blank_that_an_answer_calls_is_named(tmp_path):
