@@ -58,7 +58,7 @@ def main():
         wanted = [(part, algo, seed)
                   for seed in args.seeds for part in args.part for algo in args.algo
                   if part not in OTHER_HORIZONS or algo in SEE_RETURNS]
-        jobs = unfinished(table, wanted, OTHER_ACTS)
+        jobs = unfinished(table, wanted, OTHER_ACTS, args.flags)
         for part in dict.fromkeys(part for part, _, _ in jobs):
             discount = DISCOUNTS.get(part.split("-")[0], 0.99)
             need_data(DATA[part], tasks_of(part), discount=discount)

@@ -12,7 +12,7 @@ from pathlib import Path
 from behaviors import pixels, suite
 from data import DataError
 from studies.runs import (Table, add_choices, at_a_time, need_data, new_parser, print_scores,
-                          train)
+                          train, unfinished)
 
 TASKS = ("Reacher-v5", "InvertedDoublePendulum-v5", "metaworld-window-close",
          "metaworld-button-press-topdown")
@@ -41,9 +41,10 @@ def main():
             parser.error(error)
         wanted = [(part, algo, seed)
                   for seed in args.seeds for part in args.part for algo in args.algo]
+        jobs = unfinished(table, wanted, {}, args.flags)
         for part in args.part:
             need_data(data / part, TASKS, args.transitions, shares=SHARES, source=pixels)
-        at_a_time(args.workers, work, table.missing(wanted))
+        at_a_time(args.workers, work, jobs)
     table.need_rows()
     for part in args.part:
         print(f"\n{part}: mean ± standard deviation over seeds\n")

@@ -13,7 +13,7 @@ import plots
 from behaviors import SHARES
 from studies.ladder import study1
 from studies.runs import (Table, add_choices, at_a_time, iqm_interval, need_data, new_parser,
-                          print_scores, train)
+                          print_scores, train, unfinished)
 
 DATA = {  # the share of expert steps, and the data
     "0.0": "datasets/expert-0.0/levels",
@@ -55,7 +55,7 @@ def main():
         wanted = [(share, algo, seed)
                   for seed in args.seeds for share in args.share for algo in args.algo]
         copy_of_study1(table, table.missing(wanted), args.folder)
-        jobs = table.missing(wanted)
+        jobs = unfinished(table, wanted, {}, args.flags)
         for share in dict.fromkeys(share for share, _, _ in jobs):
             need_data(Path(DATA[share]), shares=shares_of(share))
         at_a_time(args.workers, work, jobs)

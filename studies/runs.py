@@ -87,11 +87,14 @@ class Table:
                     writer.writeheader()
                 writer.writerows(rows)
 
+    def kept_configs(self):
+        return json.loads(self.configs.read_text()) if self.configs.exists() else {}
+
     def keep_config(self, run):
         """Put a run's settings and flags into NAME-configs.json."""
         config = read_config(run)
         with FILE_LOCK:
-            configs = json.loads(self.configs.read_text()) if self.configs.exists() else {}
+            configs = self.kept_configs()
             configs[run.name] = {key: config[key] for key in ("train", "settings")}
             write_file(self.configs, json.dumps(configs, indent=1, sort_keys=True) + "\n")
 
@@ -183,11 +186,16 @@ def refuse_other(run, flags):
     config.steps = config.steps or steps_of(config.size)
     different = asdict(settings_for(config.algo, **asked.loss)) != stored["settings"]
     for name, value in asdict(config).items():
-        if name in DECIDE or name not in (*MAY_CHANGE, "out"):
+        if decides(name):
             different |= value != stored["train"][name]
     if different:
         raise RunError(f"{run} is of another recipe than `{' '.join(map(str, flags))}`: "
                        "move it away")
+
+
+def decides(name):
+    """Whether it is of a flag that a run's rows depend on."""
+    return name in DECIDE or name not in (*MAY_CHANGE, "out")
 
 
 def result_of(path, command):
@@ -270,8 +278,8 @@ def train(table, job, data, flags, other_act=None):
 
     job: group, algorithm, seed. other_act: another way to act, by which it is played as well
     """
-    group, algo, seed = job
-    run = table.runs / f"{group}-{algo}-{seed}"
+    _, algo, seed = job
+    run = table.runs / name_of(job)
     if algo in BY_RETURN:
         flags = ["--merit", "return", *flags]
     flags = ["--algo", algo.removesuffix("_return"), "--seed", seed, "--data", data,
@@ -287,19 +295,45 @@ def train(table, job, data, flags, other_act=None):
     table.keep_config(run)
 
 
+def name_of(job):
+    """Of the run's folder, and of its entry in NAME-configs.json."""
+    group, algo, seed = job
+    return f"{group}-{algo}-{seed}"
+
+
 def played_otherwise(job, act):
     """The key of the rows of a run that was played by another way to act."""
     group, algo, seed = job
     return group, f"{algo}-{act}", seed
 
 
-def unfinished(table, jobs, other_acts):
-    """Those of the jobs that lack a row, in either way to act. other_acts: an algorithm's"""
+def unfinished(table, jobs, other_acts, flags):
+    """Those of the jobs that lack a row, in either way to act. The others are of these flags.
+
+    other_acts: an algorithm's. flags: the user's, of train.py
+    """
     def rows(job):
         act = other_acts.get(job[1])
         return [job, played_otherwise(job, act)] if act else [job]
 
-    return [job for job in jobs if table.missing(rows(job))]
+    left = [job for job in jobs if table.missing(rows(job))]
+    refuse_other_rows(table, [job for job in jobs if job not in left], flags)
+    return left
+
+
+def refuse_other_rows(table, jobs, flags):
+    """End the command if a job's rows were made by other values than the user's flags give: they
+    would be shown as what was asked for."""
+    asked, configs = parse_args(list(map(str, flags))), table.kept_configs()
+    given = {name: value for name, value in (asked.run | asked.loss).items() if decides(name)}
+    for name in map(name_of, jobs):
+        config = configs.get(name, {"train": {}, "settings": {}})
+        kept = config["train"] | config["settings"]
+        for flag, value in given.items():
+            if kept.get(flag, value) != value:  # a config of before that flag lacks it
+                print(f"{table.path} has rows of {name} by {flag} {kept[flag]}, and not {value}: "
+                      "give a --folder of its own", file=sys.stderr)
+                sys.exit(2)
 
 
 def new_parser(doc):

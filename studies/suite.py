@@ -228,7 +228,7 @@ def main():
     if not args.table:
         wanted = [(group, algo, seed)
                   for seed in args.seeds for group in args.tasks for algo in args.algo]
-        jobs = unfinished(table, wanted, OTHER_ACTS)
+        jobs = unfinished(table, wanted, OTHER_ACTS, args.flags)
         groups = list(dict.fromkeys(group for group, _, _ in jobs))
         try:
             names = suite.chosen(groups) if groups else []

@@ -512,12 +512,38 @@ def test_a_run_that_lacks_its_other_rows_is_made_again_and_no_row_twice(tmp_path
     table.append([{"part": "levels", "algo": algo, "seed": 0, "task": "a", "score": 0.4}
                   for algo in ("bc", "rwr", "rwr-sharpened", "pac")])
     jobs = [("levels", algo, 0) for algo in ("bc", "rwr", "pac", "one_step")]
-    left = runs.unfinished(table, jobs, runs.OTHER_ACTS)
+    left = runs.unfinished(table, jobs, runs.OTHER_ACTS, [])
     assert left == [("levels", "bc", 0), ("levels", "one_step", 0)]
     runs.train(table, left[0], tmp_path, [], "sharpened")
     rows = [(row["algo"], row["score"]) for row in table.rows()]
     assert rows == [("bc", 0.4), ("rwr", 0.4), ("rwr-sharpened", 0.4), ("pac", 0.4),
                     ("bc-sharpened", 0.6)]
+
+
+@pytest.mark.parametrize("flags, said", [
+    ("--size tiny --steps 20", None),
+    ("--steps 20 --threads 2 --save-every 5", None),  # how, not what, is computed
+    ("--merit step", None),  # a kept config of before that flag
+    ("--size tiny --steps 30", "has rows of levels-pac-0 by steps 20, and not 30"),
+    ("--size small", "by size tiny, and not small"),
+    ("--eta 3", "by eta 2.0, and not 3.0"),
+    ("--episodes 1", "by episodes 20, and not 1"),
+    ("--data datasets/own", "by data ['datasets/levels'], and not ['datasets/own']"),
+])
+def test_rows_by_other_flags_are_not_taken_for_these(tmp_path, capsys, flags, said):
+    table = ladder.study1(tmp_path)
+    train = TrainConfig(size="tiny", steps=20, episodes=20, data=["datasets/levels"])
+    settings = dataclasses.asdict(settings_for("pac"))
+    del settings["merit"]
+    config = {"train": dataclasses.asdict(train), "settings": settings}
+    table.append([{"part": "levels", "algo": "pac", "seed": 0, "task": "a", "score": 0.4}])
+    table.configs.write_text(json.dumps({"levels-pac-0": config, "levels-pac-1": config}))
+    jobs = [("levels", "pac", seed) for seed in (0, 1)]  # the second's rows are deleted
+    with pytest.raises(SystemExit) if said else nullcontext() as ended:
+        assert runs.unfinished(table, jobs, {}, flags.split()) == jobs[1:]
+    error = capsys.readouterr().err
+    if said:
+        assert ended.value.code == 2 and said in error and error.count("\n") == 1
 
 
 def test_a_task_without_a_reference_has_a_row_and_no_score(tmp_path, capsys):
