@@ -15,6 +15,7 @@ torch's distributed checkpoints are stored as safetensors: no pickle is ever rea
 import json
 import math
 import os
+import secrets
 import shutil
 import sys
 import time
@@ -269,7 +270,7 @@ class Log:
             kept = kept_lines(path, updates) if path.exists() else []
             seconds = json.loads(kept[-1]).get("seconds", 0) if kept else 0
             write_file(path, "".join(kept))
-            self.loggers = [LOGGERS[name](run) for name in loggers or ()]
+            self.loggers = [LOGGERS[name](run, updates) for name in loggers or ()]
         self.began = time.time() - seconds
         self.file = open(path, "a")
 
@@ -302,9 +303,10 @@ def kept_lines(path, updates):
     return kept
 
 
-def tensorboard(run):
+def tensorboard(run, updates):
     from torch.utils.tensorboard import SummaryWriter
-    writer = SummaryWriter(run / "tensorboard")
+    # What came after the checkpoint is made again.
+    writer = SummaryWriter(run / "tensorboard", purge_step=updates + 1)
 
     def write(update, metrics):
         for name, value in metrics.items():
@@ -314,9 +316,12 @@ def tensorboard(run):
     return write
 
 
-def wandb(run):
+def wandb(run, updates):
     import wandb
-    logged = wandb.init(project="pac", name=run.name, id=run.name, resume="allow", dir=run,
+    known = run / "wandb_id"  # two runs of one name are two
+    if not known.exists():
+        write_file(known, f"{run.name}-{secrets.token_hex(4)}")
+    logged = wandb.init(project="pac", name=run.name, id=known.read_text(), resume="allow", dir=run,
                         config=read_config(run))
     return lambda update, metrics: logged.log(metrics, step=update)
 

@@ -454,11 +454,15 @@ def action_box(meta):
     return (low + high) / 2, half
 
 
-def best_episodes(episodes, share):
-    """The records of the share of the episodes with the highest returns, in their order."""
-    keep = max(1, round(share * len(episodes)))
-    best_first = np.argsort(-episodes["return"], kind="stable")
-    return episodes[np.sort(best_first[:keep])]
+def best_episodes(tables, share):
+    """The records of the share of the episodes with the highest returns, in their order. tables:
+    those of one task, of each source -> likewise"""
+    returns = np.concatenate([episodes["return"] for episodes in tables])
+    keep = max(1, round(share * len(returns)))
+    chosen = np.zeros(len(returns), bool)
+    chosen[np.argsort(-returns, kind="stable")[:keep]] = True
+    ends = np.cumsum([len(episodes) for episodes in tables])
+    return [episodes[some] for episodes, some in zip(tables, np.split(chosen, ends[:-1]))]
 
 
 class Worth:
@@ -564,11 +568,19 @@ class Sampler:
         names = list(dict.fromkeys(task.name for task in tasks))
         has_pictures = any(task.meta.get("frame") for task in tasks)
         self.pictures = Pictures(tasks) if has_pictures else None
+        chosen = [None] * len(tasks)
+        for name in names:
+            numbers = [number for number, task in enumerate(tasks) if task.name == name]
+            best = best_episodes([tasks[number].episodes for number in numbers], top)
+            for number, episodes in zip(numbers, best):
+                chosen[number] = episodes
+        weights = weights * [len(episodes) > 0 for episodes in chosen]
         self.sources, source, final, length, chance = [], [], [], [], []
-        for number, task in enumerate(tasks):
+        for number, (task, episodes) in enumerate(zip(tasks, chosen)):
             alpha = alphas[number] if self.has_alphas else None
             self.sources.append(Source(task, names.index(task.name), action_box(task.meta), alpha))
-            episodes = best_episodes(task.episodes, top)
+            if not len(episodes):  # another source of this task has all of the best
+                continue
             source.append(np.full(len(episodes), number))
             final.append(episodes["start"] + episodes["length"])
             length.append(episodes["length"])

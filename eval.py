@@ -72,6 +72,7 @@ import re
 from collections import deque
 from errno import EACCES, EPERM, EROFS
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -234,9 +235,9 @@ def summarise(plays):
             "score": None if scores is None else float(scores.mean()),
             "interval": bounds([sample], lambda x: x[0].mean()),
             "length": float(np.mean([len(play.reward) for play in played])), "returns": returns}
-        successes = [play.success for play in played if play.success is not None]
-        if successes:
-            row["success"] = float(np.mean(successes))
+        # Some environments speak of success only when there is one.
+        if any(play.success is not None for play in played):
+            row["success"] = float(np.mean([bool(play.success) for play in played]))
         if scores is not None:
             all_scores.append(scores)
         tasks[meta["name"]] = row
@@ -309,6 +310,8 @@ def compare(summaries, path):
             points.append(point({"score": summary["iqm"], "interval": summary["interval"]}, what))
         if any(points):
             methods[run] = points
+        else:
+            print(f"{run} is left out of the figure: none of its tasks has a {what}")
     if what == "score":
         same = len({tuple(summary["tasks"]) for summary in summaries.values()}) == 1
         names.append("IQM over tasks" if same else "IQM over a run's own tasks")
@@ -324,25 +327,32 @@ def point(row, what):
     return None if value is None else (value, *(row["interval"] or (value, value)))
 
 
-def evaluation_path(run, args, summary):
+def file_of(act=None, eta=None, video=None, instruction=None, tasks=None):
     """eval.json for a full evaluation; a look at less, or another way to act, has its own name."""
-    told = args.instruction and re.sub(r"\W+", "-", f"told {args.instruction}")
-    looks = [args.act, args.eta and f"eta{args.eta:g}", args.video and "video", told,
-             *(args.tasks or ())]
-    name = "-".join(["eval", *filter(None, looks)])
-    if len(name) > 100:  # files' names have limits
-        name = f"eval-{len(args.tasks)}-tasks"
-    return full_path(run, summary) if name == "eval" else Path(run, f"{name}.json")
+    told = instruction and re.sub(r"\W+", "-", f"told {instruction}")
+    looks = [act, eta and f"eta{eta:g}", video and "video", told and short(told),
+             tasks and short("-".join(tasks))]
+    return "-".join(["eval", *filter(None, looks)]) + ".json"
 
 
-def full_path(run, summary):
-    """eval.json, unless an evaluation of the same checkpoint by more episodes is there."""
-    path = Path(run, "eval.json")
+def short(text):
+    """A part of a file's name, which has limits; texts that differ have names that differ."""
+    written = text.encode()
+    if len(written) <= 80:
+        return text
+    return f"{written[:40].decode(errors='ignore')}-{crc32(written):08x}"
+
+
+def kept_path(path, summary):
+    """The path. If there is an evaluation of the same checkpoint by more episodes, or by as many of
+    another seed, one beside it: what was measured stays."""
     try:
         before = json.loads(path.read_text())
         same = before.get("checkpoint", summary["checkpoint"]) == summary["checkpoint"]
         if same and scored(before) > scored(summary):
-            return path.with_name(f"eval-{summary['episodes']}-episodes.json")
+            return path.with_name(f"{path.stem}-{summary['episodes']}-episodes.json")
+        if same and scored(before) == scored(summary) and before["seed"] != summary["seed"]:
+            return path.with_name(f"{path.stem}-seed{summary['seed']}.json")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass  # there is none, or it is damaged
     return path
@@ -394,12 +404,13 @@ def evaluate_run(run, args):
              "checkpoint": config["checkpoint"]}
     summary = {**about, **summarise(plays)}
     print(f"{run}: {how}, {args.episodes} episodes a task\n{table(summary)}")
-    write_summary(evaluation_path(run, args, summary), summary)
+    name = file_of(args.act, args.eta, args.video, args.instruction, args.tasks)
+    write_summary(kept_path(Path(run, name), summary), summary)
     if args.video:
         envs.write_video(args.video, [frame for play in plays for frame in play.frames])
         print(f"wrote {args.video}")
     if args.record:
-        record(plays, args.record)
+        record(plays, args.record, first)
     return summary
 
 
@@ -410,10 +421,13 @@ def recorded(folder, meta):
     return len(data.Task(path).episodes) if (path / "meta.json").exists() else 0
 
 
-def record(plays, folder):
-    """Append the episodes to a data set, task by task."""
+def record(plays, folder, first):
+    """Append the episodes to a data set, task by task. first: how many each task had before."""
     for meta, played in by_task(plays):
         path, start = Path(folder, meta["name"]), None
+        if recorded(folder, meta) != first[played[0].index]:
+            raise data.DataError(f"{path}: another process has recorded here meanwhile, and these "
+                                 "may be the same episodes; record again")
         if not (path / "meta.json").exists():
             start = prepare.anew(meta)
         data.append(path, [play.episode() for play in played], start)

@@ -130,7 +130,9 @@ def data_weights(merit, task, num_tasks, focus):
 def value_range(metas):
     """Of each task the return that is value 0, and how much more is value 1: both (tasks,)"""
     low, high = torch.tensor([meta["return_to_go"] for meta in metas], dtype=torch.float32).T
-    margin = VALUE_MARGIN * (high - low).clamp(min=1e-6)
+    # Returns that are all alike still need a range, which float32 can tell from nothing.
+    least = 1e-6 + 1e-4 * torch.maximum(low.abs(), high.abs())
+    margin = torch.maximum(VALUE_MARGIN * (high - low), least)
     return low - margin, high - low + 2 * margin
 
 

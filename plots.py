@@ -17,6 +17,7 @@ is the darkest.
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def parse_args(argv=None):
 
 if __name__ == "__main__":
     ARGS = parse_args()  # before the imports below, which take seconds: errors are answered at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
 
 import matplotlib
 import numpy as np
@@ -110,10 +112,12 @@ def draw_scores(ax, lines, evaluation, steps):
     """The scores along the way, and at the end those of eval.json, if it is there; the returns if
     no task has a score."""
     logged, what = {name for line in lines for name in line}, "score"
+    final = json.loads(evaluation.read_text()) if evaluation.exists() else {"tasks": {}}
+    logged |= {f"eval/{task}/{kind}" for task, row in final["tasks"].items()
+               for kind in ("score", "return") if row[kind] is not None}
     if not any(name.endswith("/score") for name in logged):
         what = "return"
     names = {name for name in logged if name.endswith(f"/{what}")}
-    final = json.loads(evaluation.read_text()) if evaluation.exists() else {"tasks": {}}
     steps = int(final.get("checkpoint", steps))  # that it is of
     for number, name in enumerate(sorted(names)):
         task = name.removeprefix("eval/").removesuffix(f"/{what}")
@@ -121,7 +125,8 @@ def draw_scores(ax, lines, evaluation, steps):
         style = dict(marker=marker, markersize=4, color=color)
         draw_metric(ax, lines, name, task, **style)
         if task in final["tasks"]:
-            ax.plot(steps, final["tasks"][task][what], **{**style, "markersize": 7})
+            label = None if any(name in line for line in lines) else task
+            ax.plot(steps, final["tasks"][task][what], label=label, **style | {"markersize": 7})
     draw_metric(ax, lines, "eval/iqm", "IQM", color="black", linewidth=2.5, marker=".")
     if final.get("iqm") is not None:
         ax.plot(steps, final["iqm"], color="black", marker="*", markersize=12)
@@ -236,6 +241,17 @@ def against(panels, x_names, path, x_label, y_label):
 
 # ---------------------------------------------------------------- a lecture's figures
 
+def first_of(names, folders):
+    """Each task, of the first of the data sets that has it."""
+    tasks = []
+    for name in names:
+        for folder in folders:
+            if Path(folder, name, "meta.json").exists() or folder == folders[-1]:
+                tasks += prepare.open_tasks(folder, [name])
+                break
+    return tasks
+
+
 class Scene:
     """A trained model, and the data's episode and step at which it is looked at.
 
@@ -254,7 +270,7 @@ class Scene:
             raise RunError(f"{run}: no task {self.name!r}; it was trained on: {', '.join(names)}")
         self.index = names.index(self.name)
         self.meta = self.config["tasks"][self.index]
-        self.tasks = prepare.open_tasks(folder or self.config["train"]["data"][0], names)
+        self.tasks = first_of(names, [folder] if folder else self.config["train"]["data"])
         self.low, self.range = value_range(self.config["tasks"])
         self.load_episode(self.tasks[self.index], episode)
         self.step = len(self.reward) // 2 if step is None else step

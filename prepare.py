@@ -137,7 +137,7 @@ from data import RETURN, DataError, Task, append, notice, only_writer, progress,
 
 # What sources of one task must agree on.
 MUST_AGREE = ("env_id", *envs.KEPT, "obs_dim", "action_dim", "action_low", "action_high",
-              "discount", "embodiment")
+              "discount", "embodiment", "instruction", "frame")
 # What a meta says of the episodes there are.
 COUNTED = ("name", "episodes", "transitions", "return", "checksum", "sources")
 
@@ -185,12 +185,31 @@ def open_tasks(folder, names=None):
     found = [path.parent.name for path in folder.glob("*/meta.json")]
     found = sorted(name for name in found if not name.startswith("."))
     if not found:
-        raise DataError(f"{folder}: no data set here; `python prepare.py build` makes the default "
-                        f"one in {DATASETS}/")
+        raise DataError(f"{folder}: no data set here; {instead_of(folder)}")
     for name in names or ():
         if name not in found:
             raise DataError(f"{folder}: no task {name!r}; there are: {', '.join(found)}")
-    return [Task(folder / name) for name in names or found]
+    return [Task(folder / name) for name in dict.fromkeys(names or found)]
+
+
+def instead_of(folder):
+    """What to do about a folder that is no data set."""
+    if (folder / "meta.json").exists():
+        return f"it is a task of {folder.parent}: give that, and --tasks {folder.name}"
+    below = sorted({str(path.parent.parent) for path in folder.glob("*/*/meta.json")})
+    if below:
+        return f"there are some in it: {', '.join(below)}"
+    here = "" if folder.is_absolute() else f", seen from {Path.cwd()}"
+    return f"`python prepare.py build` makes the default one in {DATASETS}/{here}"
+
+
+def refuse_twice(folders):
+    """DataError for a data set that is named twice: its episodes would count twice in silence."""
+    seen = set()
+    for folder in map(Path, folders):
+        if (real := folder.resolve()) in seen:
+            raise DataError(f"{folder} is given twice")
+        seen.add(real)
 
 
 def open_sources(folders, names=None, weights=None, alphas=None, check=True):
@@ -200,6 +219,7 @@ def open_sources(folders, names=None, weights=None, alphas=None, check=True):
     weights, alphas: one for each folder; a folder's tasks are drawn equally. check: read every
     byte.
     """
+    refuse_twice(folders)
     tasks, of_tasks, alphas_of_tasks = [], [], []
     for number, folder in enumerate(map(Path, folders)):
         opened = open_tasks(folder, names)
@@ -311,7 +331,10 @@ def build_default(folder, names=None):
     """Make what is missing of a default data set; leave other folders alone."""
     if folder.parent in DEFAULT_SETS and folder.name in PARTS:
         known(names)
-        build(folder.parent, [folder.name], names or TASKS, DEFAULT_SETS[folder.parent])
+        wanted = folder.parent, [folder.name], names or TASKS, DEFAULT_SETS[folder.parent]
+        if not all((folder / task).exists() for task in names or TASKS):
+            there_already(*wanted)  # what is added has to be of one kind with it
+            build(*wanted)
 
 
 def build(folder=DATASETS, parts=PARTS, tasks=TASKS, transitions=TRANSITIONS, shares=SHARES, seed=0,
@@ -427,6 +450,7 @@ def run_mix(args):
     if len(shares) != len(args.sources) or not all(0 < share <= 1 for share in shares):
         raise DataError(f"--shares {shares}: one for each of the {len(args.sources)} data sets, "
                         "above 0 and at most 1")
+    refuse_twice(args.sources)
     sources = []
     for folder, share in zip(args.sources, shares):
         sources += [(task, share) for task in open_tasks(folder)]
@@ -475,6 +499,9 @@ def main(argv=None, args=None):
     except (DataError, OSError) as error:
         print(f"prepare.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("prepare.py: stopped; what was not finished is not there", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

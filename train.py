@@ -210,10 +210,10 @@ import parallel
 import prepare
 from checkpoint import (FORMAT, Log, RunError, check_device, checkpoints, find_checkpoint,
                         from_config, read_config, restore, save, set_aside)
-from eval import EPISODES_FAILED, evaluate, full_path, shown, table, write_summary
+from eval import EPISODES_FAILED, evaluate, file_of, kept_path, shown, table, write_summary
 from kernels.graph import Graphs
 from learner import Learner, LossSettings, NonFinite, settings_for
-from model import config_for, count_parameters
+from model import config_for, count_parameters, tokenize
 from parallel import over_ranks
 from plots import curve
 
@@ -273,6 +273,9 @@ def new_run(flags):
     for names, why in idle(settings):
         for name in sorted(flags.loss.keys() & names):
             raise RunError(f"{flag(name)} {flags.loss[name]} changes nothing: {why}")
+    if config.alphas and "alpha" in flags.loss:
+        raise RunError(f"--alpha {settings.alpha:g} changes nothing: --alphas has one for each "
+                       "data set")
     config.data = config.data or [str(prepare.default_folder(config.size))]
     config.steps = config.steps or steps_of(config.size)
     config.threads = config.threads or (1 if config.size in ONE_THREAD else None)
@@ -358,6 +361,23 @@ def random_streams(seed, step, device):
     return rng, torch.Generator(device).manual_seed(seed)
 
 
+def check_tasks(config, settings, metas):
+    """RunError for tasks that nothing tells apart; a word on those that nothing can be chosen in."""
+    told = {}
+    for meta in metas:
+        body = config.embodiments and meta.get("embodiment") or meta["name"]
+        for words in (meta["instruction"], *meta.get("paraphrases", ())):
+            other = told.setdefault((body, tuple(tokenize(words))), meta["name"])
+            if other != meta["name"]:
+                raise RunError(f"{other} and {meta['name']} are of one embodiment, {body}, and both "
+                               f"are told {words!r}: words alone tell them apart. Give each its "
+                               "--instruction when it is imported")
+        low, high = meta["return_to_go"]
+        if high - low <= 1e-4 * max(abs(low), abs(high)) and (settings.beta or settings.focus):
+            data.notice(f"{meta['name']}: all returns are {low:g}, so nothing tells its good actions "
+                        "from bad ones")
+
+
 def start(config, settings, metas, sources):
     """A learner that begins at the data, on all ranks."""
     if config.graph and any(meta.get("frame") for meta in metas):
@@ -368,6 +388,8 @@ def start(config, settings, metas, sources):
     if config.compile:
         learner.compile()
     rng, _ = random_streams(config.seed, config.steps, "cpu")  # a stream that no update has
+    if config.weights:  # what is seldom drawn has a scale too
+        sources = {**sources, "weights": None}
     learner.start_at(data.Sampler(**sources, batch_size=20_000).sample(rng))
     if parallel.RANKS > 1:
         parallel.join(learner, config.shard)
@@ -452,6 +474,7 @@ def due(every, step):
 def train(config, settings, sources, run, resume=None, at=None):
     parallel.set_up(config.threads, config.deterministic)
     metas = prepare.merged_metas(sources["tasks"])
+    check_tasks(config, settings, metas)
     learner = start(config, settings, metas, sources)
     begin(config, settings, sources, metas, learner, run, resume, at)
     transitions = sum(meta["transitions"] for meta in metas)
@@ -520,7 +543,7 @@ def finish(run, config, settings, target, metas):
                            settings.eta)
         print(f"{config.episodes} episodes a task, acting by {settings.act}:\n{table(summary)}")
         summary = about | summary
-        write_summary(full_path(run, summary), summary)
+        write_summary(kept_path(run / file_of(), summary), summary)
         failed = summary["failed"]
     curve(run)
     print(f"the run is in {run}; look closer with: python eval.py {run} --episodes 20")

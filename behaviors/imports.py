@@ -34,6 +34,11 @@ def describe_import(args, about):
         if len(frame) != 3 or min(frame[:2]) < 8:
             raise DataError(f"{args.source}: its pictures are {frame}; expected are height, width "
                             "and channels, of 8 x 8 pixels at least")
+        try:
+            envs.make(meta).close()
+        except Exception as error:  # a constructor may raise anything
+            raise DataError(f"{args.source} has pictures, and {env_id} cannot draw: "
+                            f"{envs.in_a_line(error)}") from None
     for name in TOLD[1:]:
         if getattr(args, name) or about.get(name):
             meta[name] = getattr(args, name) or about[name]

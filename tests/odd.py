@@ -62,6 +62,13 @@ class Broken(Odd):
         raise FileNotFoundError("robot.xml:\n  no such file")
 
 
+class Blind(Odd):
+    """It draws nothing, and says so by its signature."""
+
+    def __init__(self):
+        super().__init__()
+
+
 class Unplayable(Odd):
     """Each step raises."""
 
@@ -78,5 +85,6 @@ gymnasium.register("Falls-v0", "tests.odd:Odd", kwargs=dict(ends=True))
 gymnasium.register("Parts-v0", "tests.odd:Parts", max_episode_steps=30)
 gymnasium.register("Needs-v0", "tests.odd:Needs")
 gymnasium.register("Broken-v0", "tests.odd:Broken")
+gymnasium.register("Blind-v0", "tests.odd:Blind", max_episode_steps=30)
 gymnasium.register("Unplayable-v0", "tests.odd:Unplayable")
 gymnasium.register("Six-v0", "tests.odd:Odd", kwargs=dict(width=6))

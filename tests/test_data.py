@@ -197,6 +197,22 @@ def test_top_keeps_the_best_episodes(tmp_path):
     assert set(batch.obs[:, 0, 0].tolist()) == {1.0, 3.0}
 
 
+def test_the_best_of_a_task_are_looked_for_in_all_of_its_sources(tmp_path):
+    """A tenth of each source would be poor episodes of the poor one."""
+    good = write_task(tmp_path / "good" / "a", [8, 9, 10, 11])
+    poor = write_task(tmp_path / "poor" / "a", [2, 3, 4, 7])
+    other = write_task(tmp_path / "poor" / "b", [2, 3])
+    for top, lengths in ((0.25, {10, 11}), (0.625, {7, 8, 9, 10, 11})):
+        sampler = data.Sampler([good, poor, other], 4096, top=top)
+        batch = sampler.sample(rng())
+        rows = batch.task == 0
+        left = batch.obs[rows, 0, 1] + 1  # an episode's last step tells its length
+        assert left.max() == 11 and rows.float().mean() > 0.4
+        found = {int(final - first) for final, first, source in
+                 zip(sampler.final, sampler.first, sampler.source) if source < 2}
+        assert found == lengths
+
+
 # ---------------------------------------------------------------- worth
 
 FOCUS = math.log(2)  # a mean deviation doubles a weight

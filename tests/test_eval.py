@@ -294,7 +294,15 @@ def test_only_a_full_evaluation_writes_eval_json(trained, tmp_path, monkeypatch,
         assert json.loads((trained / name).read_text())["episodes"] == 1
         assert f"wrote {trained / name}" in capsys.readouterr().out
     assert video.stat().st_size > 0
-    command(trained, "--episodes", 2, "--seed", 3)
+    for flags, name in [([], "eval-seed3.json"), (["--act", "mean"], "eval-mean.json"),
+                        (["--act", "mean", "--seed", 4], "eval-mean-seed4.json")]:
+        command(trained, "--episodes", 2, "--seed", 3, *flags)
+        names.add(name)
+        assert looks(trained) == (names, full)
+    command(trained, "--episodes", 1, "--act", "mean")  # fewer than there are
+    names.add("eval-mean-1-episodes.json")
+    assert looks(trained) == (names, full)
+    command(trained, "--episodes", 3, "--seed", 3)  # more than there were
     assert looks(trained)[1]["seed"] == 3
     (trained / "eval.json").write_text("half of")
     command(trained, "--episodes", 1)

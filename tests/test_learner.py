@@ -423,6 +423,16 @@ def test_observations_in_other_units_are_the_same_to_the_model():
     assert (latents[0][0] - latents[0][3]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("low, high", [(100.0, 100.0), (0.0, 0.0), (-1e6, -1e6), (0.0, 1.0)])
+def test_returns_that_are_all_alike_lie_in_the_middle_of_the_values(low, high):
+    """At 100 a millionth is nothing to float32: they came to lie at the lower end."""
+    learner = make([meta(low=low, high=high)])
+    middle = learner.scale(torch.tensor([(low + high) / 2]), torch.tensor([0]))
+    assert middle.item() == pytest.approx(0.5, abs=0.02)
+    ends = learner.scale(torch.tensor([low, high]), torch.tensor([0, 0]))
+    assert 0 < ends[0] <= ends[1] < 1
+
+
 @pytest.mark.parametrize("longest, cut", [(1e-3, True), (1e9, False), (0.0, False)])
 def test_a_long_gradient_is_cut(longest, cut):
     learner = make([meta()], max_grad_norm=longest)

@@ -1,5 +1,7 @@
 """What `python plots.py RUN` draws: the numbers behind the figures, and which figures there are."""
 
+import json
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -8,8 +10,9 @@ import torch
 import envs
 import plots
 import train
-from data import RETURN, Sampler
+from data import RETURN, DataError, Sampler
 from learner import Learner, settings_for
+from tests.conftest import write_task
 
 HOPPER, REACHER = "Hopper-v5", "Reacher-v5"
 ALL = ["q", "weights", "target", "value", "attention", "histograms", "frames"]
@@ -126,6 +129,26 @@ def test_the_target_is_a_reward_and_what_follows_unless_nothing_does(run, termin
     after = scene.as_return(scene.q(latents, scene.draws(policy, 64)).mean())
     expected = scene.reward[-1] + (0 if terminated else 0.99) * after
     assert (target * centres).sum() == pytest.approx(float(expected), rel=1e-3, abs=0.05)
+
+
+def test_each_task_is_of_the_first_set_that_has_it(tmp_path):
+    for folder, name in (("one", "a"), ("two", "b"), ("two", "a")):
+        write_task(tmp_path / folder / name, [3])
+    found = plots.first_of(["b", "a"], [str(tmp_path / "one"), str(tmp_path / "two")])
+    assert [task.folder for task in found] == [tmp_path / "two/b", tmp_path / "one/a"]
+    with pytest.raises(DataError, match="no task 'c'"):
+        plots.first_of(["c"], [str(tmp_path / "one")])
+
+
+def test_a_curve_without_evaluations_on_the_way_shows_the_scores_at_the_end(tmp_path):
+    tasks = {"a": {"score": 0.4, "return": 90.0}, "b": {"score": None, "return": 7.0}}
+    (tmp_path / "eval.json").write_text(json.dumps({"tasks": tasks, "iqm": 0.4}))
+    figure, ax = plt.subplots()
+    plots.draw_scores(ax, [{"update": 5, "loss": 1.0}], tmp_path / "eval.json", 600)
+    points = [(line.get_label(), *line.get_xydata()[0]) for line in ax.get_lines()]
+    plt.close(figure)
+    assert ax.get_ylabel() == "normalised score"
+    assert points[0] == ("a", 600, 0.4) and points[1][1:] == (600, 0.4) and len(points) == 2
 
 
 # ---------------------------------------------------------------- the command

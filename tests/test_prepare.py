@@ -305,7 +305,8 @@ def test_a_build_says_what_it_left_and_refuses_data_that_is_not_as_asked(small_d
         assert said in err
 
 
-def test_only_the_default_folders_are_made_by_default(monkeypatch):
+def test_only_the_default_folders_are_made_by_default(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     made = []
     monkeypatch.setattr(prepare, "build", lambda *args: made.append(args))
     for folder in ("own", "datasets/own", "own/switching", "datasets/tiny"):
@@ -316,6 +317,29 @@ def test_only_the_default_folders_are_made_by_default(monkeypatch):
     small, tiny = made
     assert small == (Path("datasets"), ["switching"], ["Hopper-v5"], prepare.TRANSITIONS)
     assert tiny == (Path("datasets/tiny"), ["switching"], TASKS, 20_000)
+
+
+def test_a_default_set_is_not_filled_up_with_data_of_another_kind(monkeypatch, tmp_path):
+    """By one discount and another, or 1,000 transitions beside 20,000."""
+    monkeypatch.chdir(tmp_path)
+    folder = prepare.default_folder("tiny")
+    write_task(folder / "Reacher-v5", [3, 4])
+    before = sorted(folder.parent.rglob("*"))
+    with pytest.raises(data.DataError, match="Reacher-v5 is there already, with a discount of 0.9 "):
+        prepare.build_default(folder)
+    assert sorted(folder.parent.rglob("*")) == before
+    prepare.build_default(folder, ["Reacher-v5"])  # what is there, and all there, is the user's
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(prepare.COMMANDS, "info", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        prepare.main(["info", "somewhere"])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "prepare.py: stopped; what was not finished is not there\n"
 
 
 def test_default_metas_are_those_of_the_data(small_data):

@@ -270,7 +270,7 @@ def test_data_and_environment_are_flattened_alike(capsys):
 @pytest.mark.parametrize("change", [
     {"env_id": "tests.odd:Wide-v0"}, {"env_args": {"steps": 3}}, {"max_episode_steps": 3},
     {"wrappers": [["ClipAction", {}]]}, {"obs_dim": 4}, {"action_dim": 2},
-    {"action_low": [-2.0]}, {"action_high": [2.0]}, {"discount": 0.99},
+    {"action_low": [-2.0]}, {"action_high": [2.0]}, {"discount": 0.99}, {"instruction": "go back"},
 ])
 def test_what_is_of_another_environment_is_not_put_behind(tmp_path, change):
     task = write_task(tmp_path / "set" / "a", [3])
@@ -283,6 +283,43 @@ def test_what_is_of_another_environment_is_not_put_behind(tmp_path, change):
     data.append(tmp_path / "other" / "a", [episode], other)
     with pytest.raises(data.DataError, match=f"{next(iter(change))} is .* in another source"):
         prepare.merged_metas([task, data.Task(tmp_path / "other" / "a")])
+
+
+def test_pictures_and_none_are_no_sources_of_one_task(tmp_path):
+    """Half of the model's pictures would be black, or all would be left out."""
+    plain = write_task(tmp_path / "plain" / "a", [3])
+    episode = numbered(0, 3)
+    episode.frames = np.zeros((4, 8, 8, 3), np.uint8)
+    data.append(tmp_path / "seen" / "a", [episode], {**task_meta(), "frame": [8, 8, 3]})
+    seen = data.Task(tmp_path / "seen" / "a")
+    for sources in ([plain, seen], [seen, plain]):
+        with pytest.raises(data.DataError, match="frame is .* in another source"):
+            prepare.merged_metas(sources)
+
+
+def test_a_set_or_a_task_named_twice_does_not_count_twice(tmp_path, capsys):
+    write_task(tmp_path / "set" / "a", [3, 4])
+    assert [task.name for task in prepare.open_tasks(tmp_path / "set", ["a", "a"])] == ["a"]
+    with pytest.raises(data.DataError, match="set/../set is given twice"):
+        prepare.open_sources([tmp_path / "set", f"{tmp_path}/set/../set"])
+    assert "set is given twice" in refusal(capsys, "mix", "both", "set", "./set")
+    assert not data.Path("both").exists()
+
+
+def test_a_folder_that_is_no_set_says_which_is(tmp_path):
+    write_task(tmp_path / "sets/one/a", [3])
+    for folder, said in (("sets", "there are some in it: sets/one$"),
+                         ("sets/one/a", "it is a task of sets/one: give that, and --tasks a"),
+                         ("nowhere", f"seen from {tmp_path}$")):
+        with pytest.raises(data.DataError, match=f"{folder}: no data set here; .*{said}"):
+            prepare.open_tasks(folder)
+
+
+def test_pictures_of_an_environment_that_does_not_draw_are_refused(capsys):
+    frames = np.zeros((21, 8, 8, 3), np.uint8)
+    walks(frames=lambda rng, number: frames)
+    refused(capsys, env_id="tests.odd:Blind-v0",
+            message="walks has pictures, and tests.odd:Blind-v0 cannot draw: .*render_mode")
 
 
 def test_a_task_as_it_was_before_its_first_episode(tmp_path):

@@ -34,6 +34,7 @@ from checkpoint import checkpoints, find_checkpoint, read_config
 from envs import Play
 from eval import rollout, summarise
 from learner import ALGORITHMS, LossSettings, settings_for
+from tests.conftest import numbered, task_meta
 from tests.test_checkpoint import in_child
 from tests.test_durable import at_update, kill
 from tests.test_train import log, refused, tensors
@@ -82,6 +83,8 @@ class Odd(gymnasium.Env):
         if self.steps > 5:
             reward = others.get(self.odd, reward)
         info = {"success": self.steps == 3} if self.odd == "success" else {}
+        if self.odd == "success is rare" and self.steps == 3 and self.start > 0:
+            info = {"is_success": True}
         return self.obs(), reward, False, self.steps == 20, info
 
     def render(self):
@@ -246,6 +249,16 @@ def test_success_at_any_step_is_counted(trained, oddity, capsys):
     assert "success 100%" in capsys.readouterr().out
 
 
+def test_an_episode_that_says_nothing_of_success_has_failed(trained, oddity):
+    """Where others speak of it: many environments do when they succeed, and only then."""
+    oddity("success is rare")
+    score(trained, "--episodes", 12, "--record", trained.parent / "new")
+    starts = [episode.obs[0, 0] for episode in data.Task(trained.parent / "new/a")]
+    assert 0 < np.mean(np.array(starts) > 0) < 1
+    success = strict(trained / "eval.json")["tasks"]["a"]["success"]
+    assert success == pytest.approx(np.mean(np.array(starts) > 0))
+
+
 @pytest.fixture
 def model_and_metas(trained, oddity):
     oddity("")
@@ -279,6 +292,23 @@ def test_recorded_twice_are_other_episodes(trained, oddity, tmp_path):
         assert score(trained, *flags) == 0
     task = data.Task(tmp_path / "new/a")
     assert len(set(task.episodes["checksum"].tolist())) == 5
+
+
+def test_two_that_record_at_once_do_not_leave_the_same_episodes_twice(trained, oddity, tmp_path,
+                                                                      monkeypatch, capsys):
+    oddity("")
+    flags = [trained, "--episodes", 2, "--tasks", "a", "--record", tmp_path / "new"]
+    play = evaluation.rollout
+
+    def while_another_records(*args, **kwargs):
+        monkeypatch.setattr(evaluation, "rollout", play)
+        assert score(*flags) == 0
+        return play(*args, **kwargs)
+
+    monkeypatch.setattr(evaluation, "rollout", while_another_records)
+    assert score(*flags) == 2
+    assert "another process has recorded here meanwhile" in capsys.readouterr().err
+    assert len(data.Task(tmp_path / "new/a").episodes) == 2
 
 
 # ---------------------------------------------------------------- scores: what is written
@@ -446,6 +476,30 @@ def test_no_policy_is_improved_by_a_critic_that_is_not_trained(capsys, tmp_path,
     message = refused(capsys, "--size", "tiny", "--data", tmp_path / "own", "--out",
                       tmp_path / "run", *flags.split())
     assert "critic" in message and not (tmp_path / "run").exists()
+
+
+def test_an_alpha_beside_alphas_is_refused(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--data", "one", "two", "--alphas", "1", "0.5", "--alpha", "0.1"])
+    assert stopped.value.code == 2
+    assert "--alpha 0.1 changes nothing: --alphas has one" in capsys.readouterr().err
+
+
+def test_tasks_that_nothing_tells_apart_are_refused_and_equal_returns_are_said(tmp_path, capsys):
+    for name, words in (("left", "Go  there"), ("right", "go there"), ("up", "go up")):
+        episode = numbered(0, 5, 3, 2, terminated=True)
+        episode.reward[:] = 0
+        data.append(tmp_path / "arm" / name, [episode],
+                    {**task_meta(3, 2), "instruction": words, "embodiment": "arm"})
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path / "run", folder=tmp_path / "arm")
+    assert stopped.value.code == 2 and not (tmp_path / "run/config.json").exists()
+    said = capsys.readouterr().err
+    assert "left and right are of one embodiment, arm, and both are told 'go there'" in said
+    run(tmp_path / "one", "--no-embodiments", folder=tmp_path / "arm")
+    run(tmp_path / "two", "--tasks", "left", "up", "--algo", "pac", folder=tmp_path / "arm")
+    said = capsys.readouterr().err
+    assert said.count("left: all returns are 0, so nothing tells its good actions") == 1
 
 
 def test_zero_means_never(tmp_path):

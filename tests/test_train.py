@@ -8,16 +8,19 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import checkpoint
 import train
 from checkpoint import LOGGERS, find_checkpoint, read_config
-from data import MERITS
+from data import MERITS, append
 from learner import ALGORITHMS, RENAMED, LossSettings, settings_for
 from model import SIZES
+from tests.conftest import numbered, task_meta
 
 ROOT = Path(__file__).parent.parent
 
@@ -319,9 +322,38 @@ def test_an_unknown_logger_is_refused_with_the_known(capsys, new):
 def test_loggers_get_what_metrics_jsonl_gets(small_data, tmp_path, monkeypatch):
     pretend(monkeypatch, True)
     seen = []
-    monkeypatch.setitem(LOGGERS, "wandb", lambda run: lambda *line: seen.append(line))
+    monkeypatch.setitem(LOGGERS, "wandb", lambda *_: lambda *line: seen.append(line))
     run(small_data, tmp_path / "run", "--log", "wandb")
     assert seen == [(line.pop("update"), line) for line in log(tmp_path / "run")]
+
+
+def test_loggers_know_where_a_run_goes_on_and_which_it_is(tmp_path, monkeypatch):
+    """Lines that are made again replace the old ones; two runs of one name are two."""
+    asked = []
+    stub = SimpleNamespace(SummaryWriter=lambda folder, purge_step: asked.append(purge_step),
+                           init=lambda **told: asked.append(told["id"]))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stub)
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    monkeypatch.setattr(checkpoint, "read_config", lambda run: {})
+    LOGGERS["tensorboard"](tmp_path, 20)
+    assert asked.pop() == 21
+    for folder in ("one/pac-0", "one/pac-0", "two/pac-0"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        LOGGERS["wandb"](tmp_path / folder, 0)
+    assert asked[0] == asked[1] != asked[2] and asked[2].startswith("pac-0-")
+
+
+def test_what_is_seldom_drawn_has_a_scale_too(tmp_path):
+    """Of 20,000 transitions none was of it, and its observations were left as they are."""
+    for name in ("often", "seldom"):
+        append(tmp_path / name / name, [numbered(3, 50, 11, 3)], task_meta(11, 3))
+    out = tmp_path / "run"
+    train.main(["--data", str(tmp_path / "often"), str(tmp_path / "seldom"), "--weights", "1",
+                "1e-6", "--size", "tiny", "--algo", "bc", "--steps", "1", "--batch-size", "4",
+                "--episodes", "0", "--out", str(out)])
+    mean = tensors(out)["target.obs_mean"]
+    assert mean[1, :2].tolist() == pytest.approx(mean[0, :2].tolist(), abs=1)
+    assert mean[1, 0] == 3
 
 
 def test_one_step_of_improvement_has_weights_at_the_end(new, tmp_path):

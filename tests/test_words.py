@@ -7,7 +7,7 @@ import torch
 import data
 from behaviors import suite
 from checkpoint import load_run
-from eval import evaluation_path, parse_args
+from eval import file_of
 from learner import Learner, settings_for
 from model import Perceiver, tokenize
 from studies import words
@@ -56,7 +56,8 @@ def test_tasks_without_an_embodiment_share_nothing():
 def test_a_run_shares_maps_or_not_as_asked(tmp_path, asked, maps):
     for about in TWO:
         source = task_meta(about["obs_dim"], about["action_dim"])
-        told = {name: about[name] for name in ("embodiment", "paraphrases") if name in about}
+        told = {name: about[name] for name in ("instruction", "embodiment", "paraphrases")
+                if name in about}
         episodes = [numbered(number, 9, about["obs_dim"], about["action_dim"]) for number in (0, 1)]
         data.append(tmp_path / "set" / about["name"], episodes, {**source, **told})
     flag = "--embodiments" if asked else "--no-embodiments"
@@ -107,9 +108,9 @@ def test_a_learner_takes_turns_and_the_scale_is_of_the_embodiment():
 
 
 def test_what_was_told_is_in_the_evaluations_name():
-    args = parse_args(["RUN", "--tasks", "push", "--instruction", "go/to it"])
-    summary = {"checkpoint": "1", "tasks": {}}
-    assert evaluation_path("RUN", args, summary).name == "eval-told-go-to-it-push.json"
+    assert file_of(instruction="go/to it", tasks=["push"]) == "eval-told-go-to-it-push.json"
+    many = [file_of(tasks=[name] * 40) for name in ("push", "pull", "\u63a8" * 9)]
+    assert len(set(many)) == 3 and max(len(name.encode()) for name in many) < 120
 
 
 # ---------------------------------------------------------------- the suite, and its study
