@@ -79,11 +79,16 @@ def mean_profile(runs):
 
 
 def resampled(sizes, rng):
-    """The sizes' mean Profiles, with seeds drawn again and evaluation noise added."""
-    found = []
+    """The sizes' mean Profiles, with seeds drawn again and evaluation noise added.
+
+    The same seeds for all sizes, if they have equally many: runs of a seed see the same batches and
+    are played from the same starts.
+    """
+    found, numbers = [], []
     for runs in sizes:
-        chosen = [runs[number] for number in rng.integers(len(runs), size=len(runs))]
-        profile = mean_profile(chosen)
+        if len(numbers) != len(runs):
+            numbers = rng.integers(len(runs), size=len(runs))
+        profile = mean_profile([runs[number] for number in numbers])
         noise = profile.std * rng.standard_normal(len(profile.value))
         found.append(profile._replace(value=profile.value + noise))
     return found
