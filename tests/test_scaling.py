@@ -280,6 +280,16 @@ def test_fit_and_plot_need_the_table_alone(tmp_path, monkeypatch):
                        "scaling_data.png"}
 
 
+def test_sizes_are_drawn_with_the_same_seeds():
+    """A seed's runs share batches and starts: what moves all of them is no difference of sizes."""
+    flops, none = np.array([1e9, 2e9]), np.zeros(2)
+    sizes = [[scaling_fit.Profile(params, flops, flops, none + seed, none) for seed in (0.0, 1.0)]
+             for params in (10, 20, 30)]
+    means = {tuple(profile.value[0] for profile in scaling_fit.resampled(sizes, rng))
+             for rng in map(np.random.default_rng, range(20))}
+    assert means == {(0, 0, 0), (0.5, 0.5, 0.5), (1, 1, 1)}
+
+
 @pytest.mark.parametrize("flags, said", [
     (["fit"], "has no rows yet"),
     (["plot"], "has no rows yet"),
