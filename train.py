@@ -362,20 +362,20 @@ def random_streams(seed, step, device):
 
 
 def check_tasks(config, settings, metas):
-    """RunError for tasks that nothing tells apart; a word on those that nothing can be chosen in."""
+    """RunError for tasks that nothing tells apart; a line on those without a better action."""
     told = {}
     for meta in metas:
         body = config.embodiments and meta.get("embodiment") or meta["name"]
         for words in (meta["instruction"], *meta.get("paraphrases", ())):
             other = told.setdefault((body, tuple(tokenize(words))), meta["name"])
             if other != meta["name"]:
-                raise RunError(f"{other} and {meta['name']} are of one embodiment, {body}, and both "
-                               f"are told {words!r}: words alone tell them apart. Give each its "
-                               "--instruction when it is imported")
+                raise RunError(f"{other} and {meta['name']} are of one embodiment, {body}, and "
+                               f"both are told {words!r}: words alone tell them apart. Give each "
+                               "its --instruction when it is imported")
         low, high = meta["return_to_go"]
         if high - low <= 1e-4 * max(abs(low), abs(high)) and (settings.beta or settings.focus):
-            data.notice(f"{meta['name']}: all returns are {low:g}, so nothing tells its good actions "
-                        "from bad ones")
+            data.notice(f"{meta['name']}: all returns are {low:g}, so nothing tells its good "
+                        "actions from bad ones")
 
 
 def start(config, settings, metas, sources):
