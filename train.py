@@ -373,7 +373,8 @@ def check_tasks(config, settings, metas):
                                f"both are told {words!r}: words alone tell them apart. Give each "
                                "its --instruction when it is imported")
         low, high = meta["return_to_go"]
-        if high - low <= 1e-4 * max(abs(low), abs(high)) and (settings.beta or settings.focus):
+        alike = high - low <= 1e-4 * max(abs(low), abs(high))
+        if alike and (settings.beta or settings.focus) and parallel.RANK == 0:
             data.notice(f"{meta['name']}: all returns are {low:g}, so nothing tells its good "
                         "actions from bad ones")
 
