@@ -454,15 +454,20 @@ def action_box(meta):
     return (low + high) / 2, half
 
 
-def best_episodes(tables, share):
-    """The records of the share of the episodes with the highest returns, in their order. tables:
-    those of one task, of each source -> likewise"""
-    returns = np.concatenate([episodes["return"] for episodes in tables])
-    keep = max(1, round(share * len(returns)))
-    chosen = np.zeros(len(returns), bool)
-    chosen[np.argsort(-returns, kind="stable")[:keep]] = True
-    ends = np.cumsum([len(episodes) for episodes in tables])
-    return [episodes[some] for episodes, some in zip(tables, np.split(chosen, ends[:-1]))]
+def best_episodes(tasks, share):
+    """Of each source the records of the episodes that are among this share of its task's, those
+    with the highest returns, in their order. Sources of one name are one task."""
+    chosen = [None] * len(tasks)
+    for name in {task.name for task in tasks}:
+        numbers = [number for number, task in enumerate(tasks) if task.name == name]
+        tables = [tasks[number].episodes for number in numbers]
+        returns = np.concatenate([table["return"] for table in tables])
+        best = np.zeros(len(returns), bool)
+        best[np.argsort(-returns, kind="stable")[:max(1, round(share * len(returns)))]] = True
+        ends = np.cumsum([len(table) for table in tables])
+        for number, table, some in zip(numbers, tables, np.split(best, ends)):
+            chosen[number] = table[some]
+    return chosen
 
 
 class Worth:
@@ -568,12 +573,7 @@ class Sampler:
         names = list(dict.fromkeys(task.name for task in tasks))
         has_pictures = any(task.meta.get("frame") for task in tasks)
         self.pictures = Pictures(tasks) if has_pictures else None
-        chosen = [None] * len(tasks)
-        for name in names:
-            numbers = [number for number, task in enumerate(tasks) if task.name == name]
-            best = best_episodes([tasks[number].episodes for number in numbers], top)
-            for number, episodes in zip(numbers, best):
-                chosen[number] = episodes
+        chosen = best_episodes(tasks, top)
         weights = weights * [len(episodes) > 0 for episodes in chosen]
         self.sources, source, final, length, chance = [], [], [], [], []
         for number, (task, episodes) in enumerate(zip(tasks, chosen)):
