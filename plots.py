@@ -30,7 +30,7 @@ def parse_args(argv=None):
     add("--task", help="of the run's tasks (default: the first)")
     add("--episode", type=int, help="of the data (default: that of the median return)")
     add("--step", type=int, help="of the episode, for single states (default: its middle)")
-    add("--data", metavar="DIR", help="a data set (default: the first that the run had)")
+    add("--data", metavar="DIR", help="a data set (default: the first of the run's that has the task)")
     add("--out", type=Path, metavar="DIR", help="where to (default: RUN/figures/TASK)")
     add("--format", choices=("png", "pdf"), default="png", help="(default: %(default)s)")
     return parser.parse_args(argv)
@@ -245,10 +245,8 @@ def first_of(names, folders):
     """Each task, of the first of the data sets that has it."""
     tasks = []
     for name in names:
-        for folder in folders:
-            if Path(folder, name, "meta.json").exists() or folder == folders[-1]:
-                tasks += prepare.open_tasks(folder, [name])
-                break
+        found = [folder for folder in folders if Path(folder, name, "meta.json").exists()]
+        tasks += prepare.open_tasks((found or folders)[0], [name])
     return tasks
 
 
