@@ -40,6 +40,7 @@ from studies.scaling_fit import BATCH, HALF
 from train import random_streams
 
 WIDTHS = (8, 16, 32, 64, 96, 128)
+WIDE = (256, 512)  # take a GPU: 16 minutes and two hours of a core by `plan`, half a minute there
 EVALUATED = (64, 128, 256, 512, 1024, 2048, 4096)  # updates after which a run is evaluated
 WARMUP = 512  # updates on the observed returns alone; from then to HALF on half of them
 EPISODES = 3  # a task and evaluation
@@ -138,7 +139,7 @@ def sweep():
     """All jobs, in an order in which every beginning of it is of use."""
     sizes = [f"w{width}" for width in WIDTHS]
 
-    def profiles(ways, seed):
+    def profiles(ways, seed, sizes=sizes):
         return [Job(*way, "1", size, seed) for size in sizes for way in ways]
 
     def varied(variant, ways):
@@ -149,7 +150,9 @@ def sweep():
     jobs += profiles(COMPARED[2:4], 0) + profiles(COMPARED[4:], 0)
     jobs += [Job(*way, share, SHARES_AT, 0) for share in SHARES for way in COMPARED[:2]]
     jobs += varied("decayed", COMPARED[:2])
-    return jobs + profiles(COMPARED, 1)
+    jobs += profiles(COMPARED, 1)
+    wide = [f"w{width}" for width in WIDE]
+    return jobs + profiles(COMPARED[:4], 0, wide) + profiles(COMPARED[:4], 1, wide)
 
 
 def scaling_table(folder=None):
