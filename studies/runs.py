@@ -276,9 +276,10 @@ def rounded(score):
 def train(table, job, data, flags, other_act=None):
     """One run of train.py to its end, and those of its rows that the table lacks.
 
-    job: group, algorithm, seed. other_act: another way to act, by which it is played as well
+    job: group, algorithm, seed, and what else is in the table's key. other_act: another way to
+    act, by which it is played as well
     """
-    _, algo, seed = job
+    _, algo, seed, *_ = job
     run = table.runs / name_of(job)
     if algo in BY_RETURN:
         flags = ["--merit", "return", *flags]
@@ -297,14 +298,13 @@ def train(table, job, data, flags, other_act=None):
 
 def name_of(job):
     """Of the run's folder, and of its entry in NAME-configs.json."""
-    group, algo, seed = job
-    return f"{group}-{algo}-{seed}"
+    return "-".join(map(str, job))
 
 
 def played_otherwise(job, act):
     """The key of the rows of a run that was played by another way to act."""
-    group, algo, seed = job
-    return group, f"{algo}-{act}", seed
+    group, algo, *others = job
+    return group, f"{algo}-{act}", *others
 
 
 def unfinished(table, jobs, other_acts, flags):

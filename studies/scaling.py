@@ -40,7 +40,7 @@ from studies.scaling_fit import BATCH, HALF
 from train import random_streams
 
 WIDTHS = (8, 16, 32, 64, 96, 128)
-WIDE = (256, 512)  # take a GPU: 16 minutes and two hours of a core by `plan`, half a minute there
+WIDE = (256, 512)  # on a GPU alone, by --device cuda
 EVALUATED = (64, 128, 256, 512, 1024, 2048, 4096)  # updates after which a run is evaluated
 WARMUP = 512  # updates on the observed returns alone; from then to HALF on half of them
 EPISODES = 3  # a task and evaluation
@@ -392,6 +392,10 @@ def plan(jobs, missing, args):
     print()
     seconds = 0
     for index, job in enumerate(jobs):
+        if width_of(job.size) in WIDE:
+            state = "with --device cuda" if job in missing else "in the table"
+            print(f"{index:>3}  {job.name:<44}    a GPU, {state}")
+            continue
         price = prices[job.algo, job.weighting, job.size].run(VARIANTS[job.variant][1])
         if job in missing:
             seconds += price
@@ -433,7 +437,10 @@ def parse_args(argv=None):
 
 
 def run(jobs, missing, table, args):
-    """The runs that are missing, each in a process of its own. One that fails stops no other."""
+    """The runs that are missing, each in a process of its own. One that fails stops no other.
+    Those of WIDE take a GPU."""
+    if args.device == "cpu":
+        missing = [job for job in missing if width_of(job.size) not in WIDE]
     given = [f"--{name}={value}" for name, value in
              (("folder", args.folder), ("updates", args.updates), ("episodes", args.episodes),
               ("device", args.device))

@@ -24,18 +24,23 @@ from eval import iqm
 from learner import Learner, LossSettings, settings_for
 from model import SIZES, config_for, count_parameters
 from studies import print_table
-from studies.runs import (OTHER_ACTS, Table, at_a_time, need_data, new_parser, train,
+from studies.runs import (NUMBERS, OTHER_ACTS, Table, at_a_time, need_data, new_parser, train,
                           unfinished)
+from train import parse_args, steps_of
 
 ALGOS = ("bc", "filtered_bc", "rwr", "bc_q", "one_step", "pac_paper", "pac",
          "rwr_return", "pac_return")
 SHOWN = ("bc", "bc-sharpened", "filtered_bc", "filtered_bc-sharpened", "rwr", "rwr-sharpened",
          "bc_q", "bc_q-improved", *ALGOS[4:])
-COLUMNS = ("domain", "task", "algo", "seed", "episodes", "score", "success")
-KEY = ("domain", "algo", "seed")  # "domain" is a group of tasks, such as metaworld:10
+COLUMNS = ("domain", "task", "algo", "seed", "updates", "episodes", "score", "success")
+KEY = ("domain", "algo", "seed", "updates")  # "domain" is a group of tasks, such as metaworld:10
 EPISODES = 10
 UPDATES = 4  # that are timed
 EXACT = 20  # differences: with five all positive the normal approximation has 0.043 for 0.0625
+
+
+def suite_table(folder=None):
+    return Table("suite", COLUMNS, KEY, folder, {**NUMBERS, "updates": int})
 
 
 # ---------------------------------------------------------------- statistics
@@ -86,15 +91,18 @@ def by_task(rows, algo):
 
 
 def show(table):
-    """A table of each group; and where its tasks are of several domains, one of each domain."""
-    for group in dict.fromkeys(row["domain"] for row in table.rows()):
-        rows = [row for row in table.rows() if row["domain"] == group]
-        show_rows(group, rows)
+    """A table of each group after so many updates; and where its tasks are of several domains, one
+    of each domain."""
+    for group, updates in dict.fromkeys((row["domain"], row["updates"]) for row in table.rows()):
+        rows = [row for row in table.rows()
+                if (row["domain"], row["updates"]) == (group, updates)]
+        title = f"{group}, {updates:,} updates"
+        show_rows(title, rows)
         domains = [suite.TABLE[row["task"]].domain for row in rows]
         if len(set(domains)) > 1:
             for domain in dict.fromkeys(domains):
                 of_domain = [row for row, other in zip(rows, domains) if other == domain]
-                show_rows(f"{group}: {domain}", of_domain)
+                show_rows(f"{title}: {domain}", of_domain)
 
 
 def show_rows(title, rows):
@@ -203,6 +211,8 @@ def main():
                         help="each one a data set and a model (default: metaworld:10)")
     parser.add_argument("--algo", nargs="+", choices=ALGOS, default=ALGOS)
     parser.add_argument("--seeds", nargs="+", type=int, default=(0,))
+    parser.add_argument("--updates", type=int, default=steps_of("small"),
+                        help="of a run (default: %(default)s)")
     parser.add_argument("--transitions", type=int, default=20_000, help="a task, of new data")
     parser.add_argument("--cost", nargs="*", metavar="SIZE", choices=SIZES,
                         help="what the maps cost, by size")
@@ -218,18 +228,21 @@ def main():
     if args.cost is not None:
         print_cost(args.cost or ["small"])
         return
-    table = Table("suite", COLUMNS, KEY, args.folder)
+    if "steps" in parse_args(args.flags).run:
+        parser.error("--steps: give --updates, before the --")
+    table = suite_table(args.folder)
     data = (args.folder or Path("datasets")) / "132"
 
     def work(job):
-        flags = ["--tasks", *suite.chosen([job[0]]), "--episodes", EPISODES, *args.flags]
+        flags = ["--tasks", *suite.chosen([job[0]]), "--steps", args.updates,
+                 "--episodes", EPISODES, *args.flags]
         train(table, job, data / "switching", flags, OTHER_ACTS.get(job[1]))
 
     if not args.table:
-        wanted = [(group, algo, seed)
+        wanted = [(group, algo, seed, args.updates)
                   for seed in args.seeds for group in args.tasks for algo in args.algo]
         jobs = unfinished(table, wanted, OTHER_ACTS, args.flags)
-        groups = list(dict.fromkeys(group for group, _, _ in jobs))
+        groups = list(dict.fromkeys(job[0] for job in jobs))
         try:
             names = suite.chosen(groups) if groups else []
             suite.need(names)

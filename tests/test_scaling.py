@@ -346,7 +346,19 @@ def test_the_plan_tells_what_is_missing(small_data, tmp_path, monkeypatch, capsy
     jobs = scaling.sweep()
     assert f"{len(jobs) - 1} of {len(jobs)} runs are missing" in said
     assert said.count("in the table") == 1
+    assert said.count("a GPU, with --device cuda") == 16
     assert all(job.name in said for job in jobs)
+
+
+@pytest.mark.parametrize("device, sizes", [("cpu", {"w8"}), ("cuda", {"w8", "w256", "w512"})])
+def test_the_widest_sizes_are_run_on_a_gpu_alone(device, sizes, tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(scaling, "WIDTHS", (8,))
+    monkeypatch.setattr(scaling, "call", lambda command, log: ran.append(command[4]))
+    args = scaling.parse_args(["run", "--device", device, "--folder", str(tmp_path)])
+    jobs = scaling.sweep()
+    scaling.run(jobs, jobs, scaling.scaling_table(tmp_path), args)
+    assert {jobs[index].size for index in ran} == sizes | {"w16", "w32", "w64"}  # and variants
 
 
 def test_every_run_of_the_sweep_is_another_one():

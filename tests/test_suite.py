@@ -31,8 +31,7 @@ from data import DataError, Episode, Task, append
 from learner import Learner, settings_for
 from studies import ablations, ladder, peers, runs
 from studies.runs import Table
-from studies.suite import (COLUMNS, KEY, metas_of, print_weights, random_batch, show,
-                           signed_rank)
+from studies.suite import metas_of, print_weights, random_batch, show, signed_rank, suite_table
 from tests.conftest import task_meta, tiny
 from train import TrainConfig
 
@@ -334,19 +333,31 @@ def test_an_unknown_task_is_one_line(module, tmp_path):
 
 
 def test_the_study_counts_the_tasks_where_one_is_above_another(tmp_path, capsys):
-    table = Table("suite", COLUMNS, KEY, tmp_path)
+    table = suite_table(tmp_path)
     tasks = "Hopper-v5", "metaworld-push", "metaworld-reach", "metaworld-sweep"
     for algo, scores in ("bc", [0.1, 0.2, 0.9, ""]), ("pac", [0.3, 0.4, 0.5, ""]):
         for task, score in zip(tasks, scores):
             success = "" if task == "Hopper-v5" or score == "" else float(score > 0.5)
-            table.append([{"domain": "all", "task": task, "algo": algo, "seed": 0, "episodes": 1,
-                           "score": score, "success": success}])
+            table.append([{"domain": "all", "task": task, "algo": algo, "seed": 0,
+                           "updates": 6000, "episodes": 1, "score": score, "success": success}])
+    table.append([{"domain": "all", "task": tasks[0], "algo": "rwr", "seed": 0, "updates": 15000,
+                   "episodes": 1, "score": 0.5, "success": ""}])  # is compared with no other
     show(table)
     said = capsys.readouterr().out
     assert "| bc | 1 | 3 | 0.400 | 50% | 0 of 3 | 1 | 0 of 0 | 1 |" in said
     assert "| pac | 1 | 3 | 0.400 | 0% | 2 of 3 |" in said
-    assert "all: gymnasium" in said and "| pac | 1 | 1 | 0.300 |  | 1 of 1 |" in said
-    assert "all: metaworld" in said and "| pac | 1 | 2 | 0.450 | 0% | 1 of 2 |" in said
+    assert "all, 6,000 updates: gymnasium" in said
+    assert "| pac | 1 | 1 | 0.300 |  | 1 of 1 | 1 | 0 of 0 |" in said
+    assert "\nall, 15,000 updates\n" in said and "| rwr | 1 | 1 | 0.500 |  | 0 of 0 |" in said
+    assert "all, 6,000 updates: metaworld" in said and "| pac | 1 | 2 | 0.450 | 0% | 1 of 2 |" in said
+
+
+def test_updates_are_a_flag_of_the_study(monkeypatch, capsys, tmp_path):
+    """They are in its table's key; behind the -- they would be in none."""
+    monkeypatch.setattr(sys, "argv", ["suite", "--folder", str(tmp_path), "--", "--steps", "20"])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module("studies.suite").main()
+    assert ended.value.code == 2 and "give --updates, before the --" in capsys.readouterr().err
 
 
 def test_what_weights_by_returns_weigh(tmp_path, capsys):
@@ -547,14 +558,14 @@ def test_rows_by_other_flags_are_not_taken_for_these(tmp_path, capsys, flags, sa
 
 
 def test_a_task_without_a_reference_has_a_row_and_no_score(tmp_path, capsys):
-    table = Table("suite", COLUMNS, KEY, tmp_path)
+    table = suite_table(tmp_path)
     tasks = {"Hopper-v5": {"score": 0.5}, "dm-lqr-lqr_2_1": {"score": None}}
     summary = {"iqm": 0.5, "episodes": 2, "failed": ["one"], "tasks": tasks}
-    table.append(runs.rows_of(summary, table, ("all", "pac", 0)))
+    table.append(runs.rows_of(summary, table, ("all", "pac", 0, 10)))
     assert [row["score"] for row in table.rows()] == [0.5, None]
     assert "IQM 0.500, episodes failed: 1" in capsys.readouterr().out
     summary = {"iqm": None, "episodes": 2, "failed": [], "tasks": {"b": {"score": None}}}
-    table.append(runs.rows_of(summary, table, ("all", "pac", 1)))
+    table.append(runs.rows_of(summary, table, ("all", "pac", 1, 10)))
     assert table.rows()[-1]["score"] is None
 
 
