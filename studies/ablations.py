@@ -18,12 +18,13 @@ from torch.nn import functional as F
 import learner
 import model
 import train
-from behaviors import PARTS, TASKS
+from behaviors import TASKS
 from checkpoint import read_config
 from model import Shared
 from studies import print_table
-from studies.runs import (Table, at_a_time, cells, need_data, new_parser, refuse_other, result_of,
-                          rows_of, start_or_resume)
+from studies.ladder import DATA, need_part
+from studies.runs import (Table, at_a_time, cells, new_parser, refuse_other, result_of, rows_of,
+                          start_or_resume)
 
 COLUMNS = ("recipe", "data", "ablation", "updates", "episodes", "seed", "task", "score", "iqm")
 KEY = ("recipe", "data", "ablation", "seed")
@@ -136,7 +137,7 @@ ABLATIONS = {
 
 def flags_of(name, part, seed, more):
     """Of train.py."""
-    return ["--data", f"datasets/{part}", "--steps", UPDATES, "--seed", seed,
+    return ["--data", DATA[part], "--steps", UPDATES, "--seed", seed,
             "--episodes", EPISODES, *ABLATIONS[name].flags, *more]
 
 
@@ -155,15 +156,17 @@ def print_runs(table):
         methods = table.methods("ablation", ABLATIONS, recipe=recipe, data=part)
         lines = []
         for name, matrix in methods.items():
-            lines.append([ABLATIONS[name].words, len(matrix), *cells(matrix)])
+            lines.append([ABLATIONS[name].words, len(matrix), *cells(matrix),
+                          f"{matrix.mean():.3f}"])
         tasks = [task.removesuffix("-v5") for task in TASKS]
-        print_table(["PAC with", "seeds", *tasks, "IQM"], lines)
+        print_table(["PAC with", "seeds", *tasks, "IQM", "mean"], lines)
 
 
 def main():
     parser = new_parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=ABLATIONS, default=list(ABLATIONS))
-    parser.add_argument("--part", default="switching", choices=PARTS)
+    parts = [part for part in DATA if part != "unseen"]  # that has other tasks
+    parser.add_argument("--part", default="switching", choices=parts)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--here", type=Path, metavar="RUN", help="one run, in this process")
     parser.add_argument("flags", nargs="*", help="of train.py, behind a --")
@@ -186,7 +189,7 @@ def main():
     if not args.table:
         jobs = [(RECIPE, args.part, name, seed) for seed in args.seeds for name in args.only]
         if jobs := table.missing(jobs):
-            need_data(Path("datasets", args.part))
+            need_part(args.part)
         at_a_time(args.workers, work, jobs)
     table.need_rows()
     print_runs(table)

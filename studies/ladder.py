@@ -37,6 +37,11 @@ def tasks_of(part):
     return UNSEEN if part == "unseen" else TASKS
 
 
+def need_part(part):
+    """Make what is missing of a part's data."""
+    need_data(DATA[part], tasks_of(part), discount=DISCOUNTS.get(part.split("-")[0], 0.99))
+
+
 def study1(folder=None):
     columns = ("part", "algo", "seed", "task", "episodes", "score")
     return Table("study1", columns, ("part", "algo", "seed"), folder)
@@ -60,8 +65,7 @@ def main():
                   if part not in OTHER_HORIZONS or algo in SEE_RETURNS]
         jobs = unfinished(table, wanted, OTHER_ACTS, args.flags)
         for part in dict.fromkeys(part for part, _, _ in jobs):
-            discount = DISCOUNTS.get(part.split("-")[0], 0.99)
-            need_data(DATA[part], tasks_of(part), discount=discount)
+            need_part(part)
         at_a_time(args.workers, work, jobs)
 
     table.need_rows()
