@@ -36,11 +36,10 @@ from learner import RISE, Learner, cloning_loss, settings_for
 from model import config_for, count_parameters
 from studies import print_table, scaling_fit, scaling_show
 from studies.runs import Table, at_a_time, call, need_data
-from studies.scaling_fit import BATCH, HALF
+from studies.scaling_fit import BATCH, HALF, WIDE, fitted
 from train import random_streams
 
 WIDTHS = (8, 16, 32, 64, 96, 128)
-WIDE = (256, 512)  # on a GPU alone, by --device cuda
 EVALUATED = (64, 128, 256, 512, 1024, 2048, 4096)  # updates after which a run is evaluated
 WARMUP = 512  # updates on the observed returns alone; from then to HALF on half of them
 EPISODES = 3  # a task and evaluation
@@ -151,8 +150,7 @@ def sweep():
     jobs += [Job(*way, share, SHARES_AT, 0) for share in SHARES for way in COMPARED[:2]]
     jobs += varied("decayed", COMPARED[:2])
     jobs += profiles(COMPARED, 1)
-    wide = [f"w{width}" for width in WIDE]
-    return jobs + profiles(COMPARED[:4], 0, wide) + profiles(COMPARED[:4], 1, wide)
+    return jobs + profiles(COMPARED[:4], 0, WIDE) + profiles(COMPARED[:4], 1, WIDE)
 
 
 def scaling_table(folder=None):
@@ -392,7 +390,7 @@ def plan(jobs, missing, args):
     print()
     seconds = 0
     for index, job in enumerate(jobs):
-        if width_of(job.size) in WIDE:
+        if job.size in WIDE:
             state = "with --device cuda" if job in missing else "in the table"
             print(f"{index:>3}  {job.name:<44}    a GPU, {state}")
             continue
@@ -440,7 +438,7 @@ def run(jobs, missing, table, args):
     """The runs that are missing, each in a process of its own. One that fails stops no other.
     Those of WIDE take a GPU."""
     if args.device == "cpu":
-        missing = [job for job in missing if width_of(job.size) not in WIDE]
+        missing = [job for job in missing if job.size not in WIDE]
     given = [f"--{name}={value}" for name, value in
              (("folder", args.folder), ("updates", args.updates), ("episodes", args.episodes),
               ("device", args.device))
@@ -469,7 +467,7 @@ def main(argv=None):
         elif args.command == "run" and args.index is None:
             run(jobs, missing, table, args)
         elif args.command == "fit":
-            laws = scaling_fit.laws_of_all(rows, COMPARED, VARIANTS, ("1", *SHARES))
+            laws = scaling_fit.laws_of_all(fitted(rows), COMPARED, VARIANTS, ("1", *SHARES))
             path = table.path.with_name("scaling_fit.json")
             data.write_file(path, json.dumps(laws, indent=1, allow_nan=False) + "\n")
             scaling_show.print_ends(rows, COMPARED)

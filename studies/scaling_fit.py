@@ -27,6 +27,7 @@ import numpy as np
 from learner import RISE
 
 BATCH = 128  # transitions an update
+WIDE = ("w256", "w512")  # one seed, by a GPU: drawn, and in no law
 HALF = 2048  # updates until when the critic learns the returns that were observed, wholly or half
 BUDGETS = 25  # log-spaced, over all that was measured
 RESAMPLES = 200  # of the returns
@@ -102,6 +103,11 @@ class Optima(NamedTuple):
     best: np.ndarray
     params: np.ndarray  # nan: the parabola has its top outside of what was measured
     transitions: np.ndarray
+
+
+def fitted(rows):
+    """The rows of those sizes that laws are of."""
+    return [row for row in rows if row["size"] not in WIDE]
 
 
 def budgets_of(profiles):

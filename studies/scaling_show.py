@@ -12,8 +12,8 @@ import numpy as np
 import plots
 from plots import plt
 from studies import print_table
-from studies.scaling_fit import (FEWEST, budgets_of, end_of, fit_loss, flat, learnt, loss_column,
-                                 mean_profile, name_of, optima, profiles_of, select)
+from studies.scaling_fit import (FEWEST, budgets_of, end_of, fit_loss, fitted, flat, learnt,
+                                 loss_column, mean_profile, name_of, optima, profiles_of, select)
 
 LEVELS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of return
 OPERATIONS = "operations of the training"
@@ -45,24 +45,28 @@ def size_names(rows):
     return {row["params"]: f"{row['size']}: {row['params']:,}" for row in rows}
 
 
+def mean_profiles(rows, way):
+    """The mean profile of the return of each size"""
+    return [mean_profile(runs) for runs in profiles_of(select(rows, way), "return")]
+
+
 def draw_profiles(ax, rows, names, column="return"):
-    """The mean profile of each size -> these profiles"""
-    profiles = [mean_profile(runs) for runs in profiles_of(rows, column)]
-    for profile in profiles:
+    """The mean profile of each size"""
+    for profile in map(mean_profile, profiles_of(rows, column)):
         number = sorted(names).index(profile.params)
         error = profile.std if column == "return" else None
         ax.errorbar(profile.flops, profile.value, yerr=error, label=names[profile.params],
                     **looks(number, len(names)))
     ax.set_xscale("log")
-    return profiles
 
 
 def profiles_figure(rows, ways):
-    """Return against operations; grey: the best of all sizes at each budget."""
+    """Return against operations; grey: the best of the fitted sizes at each budget."""
     figure, axes = panels(ways)
     names = size_names(rows)
     for way, ax in zip(ways, axes):
-        profiles = draw_profiles(ax, select(rows, way), names)
+        draw_profiles(ax, select(rows, way), names)
+        profiles = mean_profiles(fitted(rows), way)
         found = optima(profiles, budgets_of(profiles))
         ax.plot(found.budgets, found.best, color="0.75", linewidth=6, zorder=0, label="the best")
         ax.grid(color="0.9", linewidth=0.5)
@@ -85,7 +89,7 @@ def optima_figure(rows, ways):
     """Lines of equal return, and N_opt with its law."""
     figure, axes = panels(ways)
     for way, ax in zip(ways, axes):
-        profiles = [mean_profile(runs) for runs in profiles_of(select(rows, way), "return")]
+        profiles = mean_profiles(fitted(rows), way)
         params = np.array([profile.params for profile in profiles])
         for number, level in enumerate(LEVELS):
             flops = np.array([first_at(profile, level) for profile in profiles])
@@ -118,7 +122,7 @@ def losses_figure(rows, ways):
         of_way, cloning = select(rows, way), loss_column(way)
         for loss, ax in ((cloning, column[0]), ("critic_loss", column[1])):
             draw_profiles(ax, of_way, names, loss)
-            draw_law(ax, profiles_of(learnt(of_way, loss), loss))
+            draw_law(ax, profiles_of(learnt(fitted(of_way), loss), loss))
             ax.set_xlabel(OPERATIONS)
         for number, params in enumerate(sorted(names)):
             some = [row for row in of_way if row["params"] == params]
@@ -132,7 +136,7 @@ def losses_figure(rows, ways):
 
 
 def draw_law(ax, sizes):
-    """The fitted loss of each size, where there are sizes enough for a fit."""
+    """The law of these sizes' loss, where there are enough of them."""
     if len(sizes) < FEWEST:
         return
     law = fit_loss(*flat(sizes))
