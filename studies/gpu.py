@@ -545,7 +545,7 @@ def train_to_the_end():
         raise ImportError(f"not installed: {', '.join(missing)}")
     out = Path(os.environ.get("OUT", "runs")) / f"gpu-{int(time.time())}"
     begin = time.perf_counter()
-    command = ["train.py", "--size", "small", "--graph", "--episodes", "20", "--out", out]
+    command = ["train.py", "--size", "small", "--episodes", "20", "--out", out]
     subprocess.run([sys.executable, *command], check=True, cwd=RESULTS.parent)
     summary = json.loads((out / "eval.json").read_text())
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])

@@ -192,6 +192,26 @@ def test_a_graph_is_refused_on_a_cpu(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("flags, by_default", [
+    ({}, True), ({"device": "cpu"}, False), ({"graph": False}, False), ({"compile": True}, False),
+    ({"recompute": True}, False), ({"deterministic": True}, False), ({"accumulate": 2}, True)])
+def test_one_gpu_trains_by_graphs_unless_told_otherwise(flags, by_default, monkeypatch):
+    train = pytest.importorskip("train")
+    config = train.TrainConfig(**{"device": "cuda", **flags})
+    assert train.by_graph(config, [{}]) is by_default
+    assert not train.by_graph(config, [{}, {"frame": [64, 64, 3]}])  # a graph reads no pictures
+    monkeypatch.setattr(train.parallel, "RANKS", 2)
+    assert not train.by_graph(config, [{}])
+
+
+def test_a_graph_of_pictures_is_refused():
+    train = pytest.importorskip("train")
+    config = train.TrainConfig(device="cuda", graph=True)
+    assert train.by_graph(config, [{}])
+    with pytest.raises(train.RunError, match="cannot read pictures"):
+        train.by_graph(config, [{"frame": [64, 64, 3]}])
+
+
 # ---------------------------------------------------------------- the script for a GPU
 
 @pytest.fixture
