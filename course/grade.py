@@ -10,11 +10,33 @@ import argparse
 import importlib
 import importlib.util
 import os
+import signal
 import sys
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 from course import EXERCISES, ROOT, Wrong
+
+SECONDS = 120  # for an answer; the slowest right one takes a tenth of it
+
+
+@contextmanager
+def at_most(seconds):
+    """TimeoutError for what takes longer. Where there is no such signal, as on Windows: no limit"""
+    def stop(*_):
+        raise TimeoutError(f"it has not ended after {seconds} seconds")
+
+    if not hasattr(signal, "SIGALRM"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def fault_of(check, function, file=None):
@@ -94,7 +116,8 @@ def main(argv=None):
     faults, broken = 0, None
     for name in names:
         try:
-            fault = grade(name)
+            with at_most(SECONDS):
+                fault = grade(name)
         except (Exception, SystemExit) as error:
             # The first tells: what it left half imported gives the next one another error.
             fault = broken = broken or import_fault(error, EXERCISES[name].file)

@@ -465,11 +465,15 @@ def test_what_grade_answers(error, code, said, monkeypatch, capsys):
     ("def iqn(): 1", "imported: AttributeError: module 'answered' has no attribute 'iqm' "
                      "(answered.py)"),
     ("def iqm(scores):\n    exit(0)", "raises SystemExit: 0 (answered.py, line 2)"),
+    ("def iqm(scores):\n    while True: scores",
+     "raises TimeoutError: it has not ended after 1 seconds (answered.py, line 2)"),
+    ("while True: 1", "TimeoutError: it has not ended after 1 seconds (answered.py, line 1)"),
 ])
 def test_a_broken_file_is_answered_in_one_line(text, said, tmp_path, monkeypatch, capsys):
     (tmp_path / "answered.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(grade, "ROOT", tmp_path)
+    monkeypatch.setattr(grade, "SECONDS", 1)
     monkeypatch.setitem(EXERCISES, "iqm", Exercise("answered", "iqm"))
     with pytest.raises(SystemExit) as end:
         grade.main(["iqm"])
