@@ -23,8 +23,8 @@ from checkpoint import read_config
 from model import Shared
 from studies import print_table
 from studies.ladder import DATA, need_part
-from studies.runs import (Table, at_a_time, cells, new_parser, refuse_other, result_of, rows_of,
-                          start_or_resume)
+from studies.runs import (Table, at_a_time, cells, name_of, new_parser, refuse_other, result_of,
+                          rows_of, start_or_resume, unfinished)
 
 COLUMNS = ("recipe", "data", "ablation", "updates", "episodes", "seed", "task", "score", "iqm")
 KEY = ("recipe", "data", "ablation", "seed")
@@ -178,17 +178,18 @@ def main():
 
     def work(job):
         _, part, name, seed = job
-        run = table.runs / f"{part}-{name}-{seed}"
+        run = table.runs / name_of(job)
         refuse_other(run, flags_of(name, part, seed, args.flags))
         command = ["-m", "studies.ablations", "--only", name, "--part", part, "--seeds", seed,
                    "--here", run, "--", *args.flags]
         summary = result_of(run / "eval.json", command)
         updates = read_config(run)["train"]["steps"]
         table.append(rows_of(summary, table, job, updates=updates))
+        table.keep_config(run)
 
     if not args.table:
         jobs = [(RECIPE, args.part, name, seed) for seed in args.seeds for name in args.only]
-        if jobs := table.missing(jobs):
+        if jobs := unfinished(table, jobs, {}, args.flags):
             need_part(args.part)
         at_a_time(args.workers, work, jobs)
     table.need_rows()

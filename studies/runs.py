@@ -298,7 +298,7 @@ def train(table, job, data, flags, other_act=None):
 
 def name_of(job):
     """Of the run's folder, and of its entry in NAME-configs.json."""
-    return "-".join(map(str, job))
+    return "-".join(map(str, job)).replace(", ", "-").replace(" ", "-")
 
 
 def played_otherwise(job, act):

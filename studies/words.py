@@ -23,7 +23,8 @@ from checkpoint import load_run
 from data import DataError
 from eval import rollout
 from studies import print_table
-from studies.runs import Table, at_a_time, call, need_data, new_parser, start_or_resume
+from studies.runs import (Table, at_a_time, call, name_of, need_data, new_parser, start_or_resume,
+                          unfinished)
 
 GROUP = "metaworld:10"
 ALGOS = {  # flags of train.py
@@ -128,6 +129,8 @@ def main():
     table = Table("words", COLUMNS, ("algo", "seed"), args.folder, {"seed": int})
     data = (args.folder or Path("datasets")) / "132"
     if not args.table:
+        wanted = [(algo, seed) for seed in args.seeds for algo in args.algo]
+        jobs = unfinished(table, wanted, {}, args.flags)
         names = suite.chosen([GROUP])
         try:
             suite.need(names)
@@ -137,14 +140,14 @@ def main():
 
         def work(job):
             algo, seed = job
-            run = table.runs / f"{algo.replace(', ', '-').replace(' ', '-')}-{seed}"
+            run = table.runs / name_of(job)
             flags = [*ALGOS[algo], "--seed", seed, "--data", data / "switching", "--tasks",
                      *names, "--episodes", 0, *args.flags]
             call(["train.py", *start_or_resume(run, flags)], run.with_suffix(".log"))
             table.append(play(run, algo, seed))
+            table.keep_config(run)
 
-        wanted = [(algo, seed) for seed in args.seeds for algo in args.algo]
-        at_a_time(args.workers, work, table.missing(wanted))
+        at_a_time(args.workers, work, jobs)
     table.need_rows()
     show(table.rows())
 

@@ -349,7 +349,8 @@ def test_the_study_counts_the_tasks_where_one_is_above_another(tmp_path, capsys)
     assert "all, 6,000 updates: gymnasium" in said
     assert "| pac | 1 | 1 | 0.300 |  | 1 of 1 | 1 | 0 of 0 |" in said
     assert "\nall, 15,000 updates\n" in said and "| rwr | 1 | 1 | 0.500 |  | 0 of 0 |" in said
-    assert "all, 6,000 updates: metaworld" in said and "| pac | 1 | 2 | 0.450 | 0% | 1 of 2 |" in said
+    assert "all, 6,000 updates: metaworld" in said
+    assert "| pac | 1 | 2 | 0.450 | 0% | 1 of 2 |" in said
 
 
 def test_updates_are_a_flag_of_the_study(monkeypatch, capsys, tmp_path):
@@ -555,6 +556,28 @@ def test_rows_by_other_flags_are_not_taken_for_these(tmp_path, capsys, flags, sa
     error = capsys.readouterr().err
     if said:
         assert ended.value.code == 2 and said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("module, job, name", [
+    ("ablations", ("2026-11-27", "switching", "eta", 0), "2026-11-27-switching-eta-0"),
+    ("words", ("pac, focus 0", 0), "pac-focus-0-0")])
+def test_a_table_of_other_columns_tells_rows_by_other_flags_too(module, job, name, tmp_path, capsys,
+                                                               monkeypatch):
+    """Their keys are no (group, algorithm, seed)."""
+    study = importlib.import_module(f"studies.{module}")
+    key = study.KEY if module == "ablations" else ("algo", "seed")
+    table = Table(module, study.COLUMNS, key, tmp_path)
+    table.append([dict(zip(key, job)) | {"task": "a", "told": "own", "words": "go", "score": 0.5}])
+    config = {"train": {"steps": 5000}, "settings": {}}
+    table.configs.write_text(json.dumps({name: config}))
+    monkeypatch.setattr(study, "need_data", lambda *_, **__: None, raising=False)
+    only = ["--only", "eta"] if module == "ablations" else ["--algo", "pac, focus 0"]
+    monkeypatch.setattr(sys, "argv", [module, "--folder", str(tmp_path), *only, "--seeds", "0",
+                                      "--", "--steps", "20"])
+    with pytest.raises(SystemExit) as ended:
+        study.main()
+    assert ended.value.code == 2
+    assert f"rows of {name} by steps 5000, and not 20" in capsys.readouterr().err
 
 
 def test_a_task_without_a_reference_has_a_row_and_no_score(tmp_path, capsys):
