@@ -422,11 +422,13 @@ for command in COMMANDS:
 """
 
 
-@pytest.mark.parametrize("folder, least", [(".", 5), ("behaviors", 1), ("kernels", 1),
-                                           ("studies", 5)])
-def test_every_command_of_a_readme_parses(folder, least):
+@pytest.mark.parametrize("path, least", [
+    ("README.md", 5), ("behaviors/README.md", 1), ("kernels/README.md", 1), ("studies/README.md", 5),
+    ("studies/recipe.md", 1), ("studies/scaling.md", 4), ("studies/speed.md", 5),
+    ("studies/suite.md", 8)])
+def test_every_command_of_a_readme_parses(path, least):
     """Each is accepted by its own parser: the flags and choices exist."""
-    commands = list(commands_of((ROOT / folder / "README.md").read_text()))
+    commands = list(commands_of((ROOT / path).read_text()))
     assert len(commands) >= least
     script = f"COMMANDS = {commands!r}\n{STOP_AFTER_PARSING}"
     finished = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True,

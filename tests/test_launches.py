@@ -24,7 +24,7 @@ from studies.gpu import metas, new_learner
 from studies.kernels import Traffic
 
 # What an update of PAC at size `small` launches, the choice of its rows and the optimiser included:
-# 96 matrix products, 45 of LayerNorm and the rest in small steps (studies/README.md has the parts).
+# 96 matrix products, 45 of LayerNorm and the rest in small steps (studies/speed.md has the parts).
 # Fewer is better.
 LAUNCHES = 432
 
