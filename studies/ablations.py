@@ -138,7 +138,7 @@ ABLATIONS = {
 def flags_of(name, part, seed, more):
     """Of train.py."""
     return ["--data", DATA[part], "--steps", UPDATES, "--seed", seed,
-            "--episodes", EPISODES, *ABLATIONS[name].flags, *more]
+            "--episodes", EPISODES, *more, *ABLATIONS[name].flags]
 
 
 def run_here(name, part, seed, run, more):
@@ -176,10 +176,14 @@ def main():
         return
     table = Table("ablations", COLUMNS, KEY, args.folder)
 
+    def flags(job):
+        _, part, name, seed = job
+        return flags_of(name, part, seed, args.flags)
+
     def work(job):
         _, part, name, seed = job
         run = table.runs / name_of(job)
-        refuse_other(run, flags_of(name, part, seed, args.flags))
+        refuse_other(run, flags(job))
         command = ["-m", "studies.ablations", "--only", name, "--part", part, "--seeds", seed,
                    "--here", run, "--", *args.flags]
         summary = result_of(run / "eval.json", command)
@@ -189,7 +193,7 @@ def main():
 
     if not args.table:
         jobs = [(RECIPE, args.part, name, seed) for seed in args.seeds for name in args.only]
-        if jobs := unfinished(table, jobs, {}, args.flags):
+        if jobs := unfinished(table, jobs, flags, args.flags):
             need_part(args.part)
         at_a_time(args.workers, work, jobs)
     table.need_rows()

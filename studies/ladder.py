@@ -13,8 +13,8 @@ from pathlib import Path
 import plots
 from behaviors import PARTS, TASKS, UNSEEN
 from studies import print_table
-from studies.runs import (BY_RETURN, OTHER_ACTS, Table, add_choices, at_a_time, cells, iqm_interval,
-                          need_data, new_parser, print_scores, train, unfinished)
+from studies.runs import (BY_RETURN, OTHER_ACTS, Table, add_choices, at_a_time, cells, flags_of,
+                          iqm_interval, need_data, new_parser, print_scores, train, unfinished)
 
 ALGOS = ("bc", "filtered_bc", "rwr", "bc_q", "one_step", "pac_paper", "pacv", "pac")
 # First those that take all of the data alike, then those that choose or weigh it.
@@ -55,15 +55,17 @@ def main():
     args = parser.parse_args()
     table = study1(args.folder)
 
+    def flags(job):
+        return flags_of(job, DATA[job[0]], args.flags)
+
     def work(job):
-        part, algo, _ = job
-        train(table, job, DATA[part], args.flags, OTHER_ACTS.get(algo))
+        train(table, job, flags(job), OTHER_ACTS.get(job[1]))
 
     if not args.table:
         wanted = [(part, algo, seed)
                   for seed in args.seeds for part in args.part for algo in args.algo
                   if part not in OTHER_HORIZONS or algo in SEE_RETURNS]
-        jobs = unfinished(table, wanted, OTHER_ACTS, args.flags)
+        jobs = unfinished(table, wanted, flags, args.flags, OTHER_ACTS)
         for part in dict.fromkeys(part for part, _, _ in jobs):
             need_part(part)
         at_a_time(args.workers, work, jobs)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from behaviors import pixels, suite
 from data import DataError
-from studies.runs import (Table, add_choices, at_a_time, need_data, new_parser, print_scores,
-                          train, unfinished)
+from studies.runs import (Table, add_choices, at_a_time, flags_of, need_data, new_parser,
+                          print_scores, train, unfinished)
 
 TASKS = ("Reacher-v5", "InvertedDoublePendulum-v5", "metaworld-window-close",
          "metaworld-button-press-topdown")
@@ -30,9 +30,12 @@ def main():
     table = Table("pixels", COLUMNS, ("part", "algo", "seed"), args.folder)
     data = (args.folder or Path("datasets")) / "pixels"
 
+    def flags(job):
+        more = ["--steps", UPDATES, "--episodes", EPISODES, *args.flags]
+        return flags_of(job, data / job[0], more)
+
     def work(job):
-        part, algo, _ = job
-        train(table, job, data / part, ["--steps", UPDATES, "--episodes", EPISODES, *args.flags])
+        train(table, job, flags(job))
 
     if not args.table:
         try:
@@ -41,7 +44,7 @@ def main():
             parser.error(error)
         wanted = [(part, algo, seed)
                   for seed in args.seeds for part in args.part for algo in args.algo]
-        jobs = unfinished(table, wanted, {}, args.flags)
+        jobs = unfinished(table, wanted, flags, args.flags)
         for part in args.part:
             need_data(data / part, TASKS, args.transitions, shares=SHARES, source=pixels)
         at_a_time(args.workers, work, jobs)

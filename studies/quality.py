@@ -12,8 +12,8 @@ from pathlib import Path
 import plots
 from behaviors import SHARES
 from studies.ladder import study1
-from studies.runs import (Table, add_choices, at_a_time, iqm_interval, need_data, new_parser,
-                          print_scores, train, unfinished)
+from studies.runs import (Table, add_choices, at_a_time, flags_of, iqm_interval, need_data,
+                          new_parser, print_scores, train, unfinished)
 
 DATA = {  # the share of expert steps, and the data
     "0.0": "datasets/expert-0.0/levels",
@@ -36,9 +36,12 @@ def shares_of(share):
 def copy_of_study1(table, jobs, folder):
     """A tenth of expert steps is study 1's `levels`: the same data, so the same runs."""
     wanted = [(algo, seed) for share, algo, seed in jobs if share == "0.1"]
-    for row in study1(folder).rows():
+    source = study1(folder)
+    for row in source.rows():
         if row["part"] == "levels" and (row["algo"], row["seed"]) in wanted:
             table.append([{**row, "expert_share": "0.1"}])
+    for algo, seed in wanted:
+        table.copy_config(source, ("levels", algo, seed), ("0.1", algo, seed))
 
 
 def main():
@@ -48,14 +51,17 @@ def main():
     columns = ("expert_share", "algo", "seed", "task", "score")
     table = Table("study3", columns, ("expert_share", "algo", "seed"), args.folder)
 
+    def flags(job):
+        return flags_of(job, DATA[job[0]], args.flags)
+
     def work(job):
-        train(table, job, DATA[job[0]], args.flags)
+        train(table, job, flags(job))
 
     if not args.table:
         wanted = [(share, algo, seed)
                   for seed in args.seeds for share in args.share for algo in args.algo]
         copy_of_study1(table, table.missing(wanted), args.folder)
-        jobs = unfinished(table, wanted, {}, args.flags)
+        jobs = unfinished(table, wanted, flags, args.flags)
         for share in dict.fromkeys(share for share, _, _ in jobs):
             need_data(Path(DATA[share]), shares=shares_of(share))
         at_a_time(args.workers, work, jobs)

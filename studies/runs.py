@@ -25,7 +25,7 @@ from data import DataError, write_file
 from eval import COUNT, EPISODES_FAILED, interval, iqm, shown
 from learner import settings_for
 from studies import RESULTS, print_table
-from train import MAY_CHANGE, TrainConfig, parse_args, steps_of
+from train import MAY_CHANGE, TrainConfig, idle, parse_args, steps_of
 
 SEEDS = (0, 1, 2)
 EPISODES = 20  # a task and run
@@ -96,6 +96,12 @@ class Table:
         with FILE_LOCK:
             configs = self.kept_configs()
             configs[run.name] = {key: config[key] for key in ("train", "settings")}
+            write_file(self.configs, json.dumps(configs, indent=1, sort_keys=True) + "\n")
+
+    def copy_config(self, source, of_its, of_mine):
+        """The config that another table keeps of one of its jobs, for one of this table's."""
+        if config := source.kept_configs().get(name_of(of_its)):
+            configs = self.kept_configs() | {name_of(of_mine): config}
             write_file(self.configs, json.dumps(configs, indent=1, sort_keys=True) + "\n")
 
     def missing(self, jobs):
@@ -180,22 +186,36 @@ def refuse_other(run, flags):
     """RunError if the run's folder is there, and of other flags than these, which decide what it
     comes to."""
     asked = parse_args(list(map(str, flags)))
-    if not (run / "config.json").exists():
-        return
-    config, stored = TrainConfig(**asked.run), read_config(run)
-    config.steps = config.steps or steps_of(config.size)
-    different = asdict(settings_for(config.algo, **asked.loss)) != stored["settings"]
-    for name, value in asdict(config).items():
-        if decides(name):
-            different |= value != stored["train"][name]
-    if different:
+    if (run / "config.json").exists() and differences(read_config(run), asked):
         raise RunError(f"{run} is of another recipe than `{' '.join(map(str, flags))}`: "
                        "move it away")
 
 
-def decides(name):
-    """Whether it is of a flag that a run's rows depend on."""
-    return name in DECIDE or name not in (*MAY_CHANGE, "out")
+def differences(config, asked):
+    """What a run's rows depend on, and its config has otherwise: {name: (its value, the asked)}
+
+    asked: flags, parsed. What an older config lacks is no difference.
+    """
+    run = TrainConfig(**asked.run)
+    run.steps = run.steps or steps_of(run.size)
+    settings = settings_for(run.algo, **asked.loss)
+    nothing = {"out"}.union(*(names for names, _ in idle(settings)))  # changes nothing
+    wanted = asdict(run) | asdict(settings)
+    kept = config["train"] | config["settings"]
+    return {name: (kept[name], value) for name, value in wanted.items()
+            if (name in DECIDE or name not in MAY_CHANGE) and name not in nothing
+            and kept.get(name, value) != value}
+
+
+def refuse_own(flags, own=("algo", "seed", "data", "out")):
+    """End the command if the user's flags of train.py have one that the study gives itself: rows
+    would be named by the study's."""
+    asked = parse_args(flags)
+    for name in own:
+        if name in asked.run:
+            print(f"--{name} behind the -- is what the study gives: choose its rows by the "
+                  "study's own flags, before the --", file=sys.stderr)
+            sys.exit(2)
 
 
 def result_of(path, command):
@@ -273,18 +293,21 @@ def rounded(score):
     return "" if score is None else round(score, 4)
 
 
-def train(table, job, data, flags, other_act=None):
+def flags_of(job, data, more):
+    """Of train.py, for a job: group, algorithm, seed, and what else is in the table's key."""
+    _, algo, seed, *_ = job
+    merit = ["--merit", "return"] if algo in BY_RETURN else []
+    return ["--algo", algo.removesuffix("_return"), "--seed", seed, "--data", data,
+            "--episodes", EPISODES, *merit, *more]
+
+
+def train(table, job, flags, other_act=None):
     """One run of train.py to its end, and those of its rows that the table lacks.
 
-    job: group, algorithm, seed, and what else is in the table's key. other_act: another way to
-    act, by which it is played as well
+    other_act: another way to act, by which it is played as well
     """
-    _, algo, seed, *_ = job
     run = table.runs / name_of(job)
-    if algo in BY_RETURN:
-        flags = ["--merit", "return", *flags]
-    flags = ["--algo", algo.removesuffix("_return"), "--seed", seed, "--data", data,
-             "--episodes", EPISODES, *flags]
+    seed = job[table.key.index("seed")]
     summary = result_of(run / "eval.json", ["train.py", *start_or_resume(run, flags)])
     rows = rows_of(summary, table, job)
     if other_act:
@@ -307,33 +330,41 @@ def played_otherwise(job, act):
     return group, f"{algo}-{act}", *others
 
 
-def unfinished(table, jobs, other_acts, flags):
-    """Those of the jobs that lack a row, in either way to act. The others are of these flags.
+def unfinished(table, jobs, flags_of, more, other_acts=None):
+    """Those of the jobs that lack a row, in either way to act.
 
-    other_acts: an algorithm's. flags: the user's, of train.py
+    Ends the command if the table has a row of one, or of another seed of it, that was made by
+    other flags: they would be shown as what was asked for. flags_of: of train.py, for a job.
+    more: the user's, among them. other_acts: an algorithm's
     """
+    refuse_own(more)
+    other_acts = other_acts or {}
+
     def rows(job):
         act = other_acts.get(job[1])
         return [job, played_otherwise(job, act)] if act else [job]
 
-    left = [job for job in jobs if table.missing(rows(job))]
-    refuse_other_rows(table, [job for job in jobs if job not in left], flags)
-    return left
-
-
-def refuse_other_rows(table, jobs, flags):
-    """End the command if a job's rows were made by other values than the user's flags give: they
-    would be shown as what was asked for."""
-    asked, configs = parse_args(list(map(str, flags))), table.kept_configs()
-    given = {name: value for name, value in (asked.run | asked.loss).items() if decides(name)}
-    for name in map(name_of, jobs):
-        config = configs.get(name, {"train": {}, "settings": {}})
-        kept = config["train"] | config["settings"]
-        for flag, value in given.items():
-            if kept.get(flag, value) != value:  # a config of before that flag lacks it
-                print(f"{table.path} has rows of {name} by {flag} {kept[flag]}, and not {value}: "
-                      "give a --folder of its own", file=sys.stderr)
+    place = table.key.index("seed")
+    wanted = {(*job[:place], *job[place + 1:]) for job in jobs}
+    present = dict.fromkeys(tuple(row[column] for column in table.key) for row in table.rows())
+    for job in present:
+        if (*job[:place], *job[place + 1:]) in wanted:
+            if why := other_rows(table, job, flags_of(job), parse_args(list(map(str, more)))):
+                print(f"{table.path} has rows of {name_of(job)} {why}: give a --folder of its own",
+                      file=sys.stderr)
                 sys.exit(2)
+    return [job for job in jobs if table.missing(rows(job))]
+
+
+def other_rows(table, job, flags, given):
+    """In what a job's rows are of other flags, in words, or None. given: the user's, parsed"""
+    config = table.kept_configs().get(name_of(job))
+    if not config:
+        return "whose settings were not kept" if given.run or given.loss else None
+    for name, (kept, value) in differences(config, parse_args(list(map(str, flags)))).items():
+        # Some of the oldest were evaluated later than trained, by the study's number.
+        if name != "episodes" or "episodes" in given.run:
+            return f"by {name} {kept}, and not {value}"
 
 
 def new_parser(doc):

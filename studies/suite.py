@@ -24,9 +24,9 @@ from eval import iqm
 from learner import Learner, LossSettings, settings_for
 from model import SIZES, config_for, count_parameters
 from studies import print_table
-from studies.runs import (NUMBERS, OTHER_ACTS, Table, at_a_time, need_data, new_parser, train,
-                          unfinished)
-from train import parse_args, steps_of
+from studies.runs import (NUMBERS, OTHER_ACTS, Table, at_a_time, flags_of, need_data, new_parser,
+                          refuse_own, train, unfinished)
+from train import steps_of
 
 ALGOS = ("bc", "filtered_bc", "rwr", "bc_q", "one_step", "pac_paper", "pac",
          "rwr_return", "pac_return")
@@ -228,20 +228,22 @@ def main():
     if args.cost is not None:
         print_cost(args.cost or ["small"])
         return
-    if "steps" in parse_args(args.flags).run:
-        parser.error("--steps: give --updates, before the --")
+    refuse_own(args.flags, ("steps", "tasks"))
     table = suite_table(args.folder)
     data = (args.folder or Path("datasets")) / "132"
 
+    def flags(job):
+        more = ["--tasks", *suite.chosen([job[0]]), "--steps", args.updates,
+                "--episodes", EPISODES, *args.flags]
+        return flags_of(job, data / "switching", more)
+
     def work(job):
-        flags = ["--tasks", *suite.chosen([job[0]]), "--steps", args.updates,
-                 "--episodes", EPISODES, *args.flags]
-        train(table, job, data / "switching", flags, OTHER_ACTS.get(job[1]))
+        train(table, job, flags(job), OTHER_ACTS.get(job[1]))
 
     if not args.table:
         wanted = [(group, algo, seed, args.updates)
                   for seed in args.seeds for group in args.tasks for algo in args.algo]
-        jobs = unfinished(table, wanted, OTHER_ACTS, args.flags)
+        jobs = unfinished(table, wanted, flags, args.flags, OTHER_ACTS)
         groups = list(dict.fromkeys(job[0] for job in jobs))
         try:
             names = suite.chosen(groups) if groups else []

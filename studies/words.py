@@ -130,8 +130,14 @@ def main():
     data = (args.folder or Path("datasets")) / "132"
     if not args.table:
         wanted = [(algo, seed) for seed in args.seeds for algo in args.algo]
-        jobs = unfinished(table, wanted, {}, args.flags)
         names = suite.chosen([GROUP])
+
+        def flags(job):
+            algo, seed = job
+            return [*ALGOS[algo], "--seed", seed, "--data", data / "switching", "--tasks", *names,
+                    "--episodes", 0, *args.flags]
+
+        jobs = unfinished(table, wanted, flags, args.flags)
         try:
             suite.need(names)
         except DataError as error:
@@ -139,12 +145,9 @@ def main():
         need_data(data / "switching", names, 20_000, source=suite)
 
         def work(job):
-            algo, seed = job
             run = table.runs / name_of(job)
-            flags = [*ALGOS[algo], "--seed", seed, "--data", data / "switching", "--tasks",
-                     *names, "--episodes", 0, *args.flags]
-            call(["train.py", *start_or_resume(run, flags)], run.with_suffix(".log"))
-            table.append(play(run, algo, seed))
+            call(["train.py", *start_or_resume(run, flags(job))], run.with_suffix(".log"))
+            table.append(play(run, *job))
             table.keep_config(run)
 
         at_a_time(args.workers, work, jobs)

@@ -33,7 +33,7 @@ from studies import ablations, ladder, peers, runs
 from studies.runs import Table
 from studies.suite import metas_of, print_weights, random_batch, show, signed_rank, suite_table
 from tests.conftest import task_meta, tiny
-from train import TrainConfig
+from train import TrainConfig, parse_args
 
 ROOT = Path(__file__).parent.parent
 MEASURED = {row["task"] for row in suite.read("suite_levels.csv")}
@@ -358,7 +358,7 @@ def test_updates_are_a_flag_of_the_study(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["suite", "--folder", str(tmp_path), "--", "--steps", "20"])
     with pytest.raises(SystemExit) as ended:
         importlib.import_module("studies.suite").main()
-    assert ended.value.code == 2 and "give --updates, before the --" in capsys.readouterr().err
+    assert ended.value.code == 2 and "--steps behind the --" in capsys.readouterr().err
 
 
 def test_what_weights_by_returns_weigh(tmp_path, capsys):
@@ -470,7 +470,8 @@ def test_the_old_merit_is_a_flag_of_a_runs_name(tmp_path, monkeypatch):
     monkeypatch.setattr(Table, "keep_config", lambda *_: None)
     table = ladder.study1(tmp_path)
     for algo in ("pac_return", "pac"):
-        runs.train(table, ("switching", algo, 0), tmp_path, [])
+        job = "switching", algo, 0
+        runs.train(table, job, runs.flags_of(job, tmp_path, []))
     old, new = [list(map(str, command)) for command in asked]
     assert old[old.index("--algo") + 1] == new[new.index("--algo") + 1] == "pac"
     assert old[old.index("--merit") + 1] == "return" and "--merit" not in new
@@ -487,7 +488,8 @@ def test_a_table_shows_the_mean_of_seeds_over_tasks_beside_the_iqm(capsys):
 def test_a_long_part_is_a_default_part_with_returns_of_a_longer_horizon(tmp_path, monkeypatch):
     built, ran = [], []
     monkeypatch.setattr(runs.prepare, "build", lambda *args, **more: built.append((args, more)))
-    monkeypatch.setattr(ladder, "train", lambda table, job, data, *_: ran.append((job, data)))
+    monkeypatch.setattr(ladder, "train", lambda table, job, flags, *_: ran.append(
+        (job, flags[flags.index("--data") + 1])))
     monkeypatch.setattr(sys, "argv", ["ladder", "--folder", str(tmp_path), "--seeds", "0", "--part",
                                       "long-levels", "unseen", "--algo", "bc", "rwr", "pac"])
     monkeypatch.chdir(tmp_path)
@@ -524,9 +526,10 @@ def test_a_run_that_lacks_its_other_rows_is_made_again_and_no_row_twice(tmp_path
     table.append([{"part": "levels", "algo": algo, "seed": 0, "task": "a", "score": 0.4}
                   for algo in ("bc", "rwr", "rwr-sharpened", "pac")])
     jobs = [("levels", algo, 0) for algo in ("bc", "rwr", "pac", "one_step")]
-    left = runs.unfinished(table, jobs, runs.OTHER_ACTS, [])
+    flags = lambda job: runs.flags_of(job, tmp_path, [])
+    left = runs.unfinished(table, jobs, flags, [], runs.OTHER_ACTS)
     assert left == [("levels", "bc", 0), ("levels", "one_step", 0)]
-    runs.train(table, left[0], tmp_path, [], "sharpened")
+    runs.train(table, left[0], flags(left[0]), "sharpened")
     rows = [(row["algo"], row["score"]) for row in table.rows()]
     assert rows == [("bc", 0.4), ("rwr", 0.4), ("rwr-sharpened", 0.4), ("pac", 0.4),
                     ("bc-sharpened", 0.6)]
@@ -534,28 +537,71 @@ def test_a_run_that_lacks_its_other_rows_is_made_again_and_no_row_twice(tmp_path
 
 @pytest.mark.parametrize("flags, said", [
     ("--size tiny --steps 20", None),
-    ("--steps 20 --threads 2 --save-every 5", None),  # how, not what, is computed
-    ("--merit step", None),  # a kept config of before that flag
+    ("--size tiny --steps 20 --threads 2 --save-every 5", None),  # how, not what, is computed
+    ("--size tiny --steps 20 --merit step", None),  # a kept config of before that flag
     ("--size tiny --steps 30", "has rows of levels-pac-0 by steps 20, and not 30"),
-    ("--size small", "by size tiny, and not small"),
-    ("--eta 3", "by eta 2.0, and not 3.0"),
-    ("--episodes 1", "by episodes 20, and not 1"),
-    ("--data datasets/own", "by data ['datasets/levels'], and not ['datasets/own']"),
+    ("--size small --steps 20", "by size tiny, and not small"),
+    ("", "by size tiny, and not small"),  # as the study itself has it
+    ("--size tiny", "by steps 20, and not 600"),
+    ("--size tiny --steps 20 --eta 3", "by eta 2.0, and not 3.0"),
+    ("--size tiny --steps 20 --episodes 1", "by episodes 20, and not 1"),
+    ("--algo bc", "--algo behind the -- is what the study gives"),
+    ("--data datasets/own", "--data behind the -- is what the study gives"),
+    ("--seed 5", "--seed behind the -- is what the study gives"),
 ])
-def test_rows_by_other_flags_are_not_taken_for_these(tmp_path, capsys, flags, said):
+@pytest.mark.parametrize("seed", [0, 2])  # another seed would be averaged with it
+def test_rows_by_other_flags_are_not_taken_for_these(tmp_path, capsys, flags, said, seed):
     table = ladder.study1(tmp_path)
     train = TrainConfig(size="tiny", steps=20, episodes=20, data=["datasets/levels"])
     settings = dataclasses.asdict(settings_for("pac"))
     del settings["merit"]
     config = {"train": dataclasses.asdict(train), "settings": settings}
     table.append([{"part": "levels", "algo": "pac", "seed": 0, "task": "a", "score": 0.4}])
-    table.configs.write_text(json.dumps({"levels-pac-0": config, "levels-pac-1": config}))
-    jobs = [("levels", "pac", seed) for seed in (0, 1)]  # the second's rows are deleted
+    table.configs.write_text(json.dumps({"levels-pac-0": config}))
+    jobs = [("levels", "pac", seed), ("levels", "bc", 0)]
+    flags = flags.split()
     with pytest.raises(SystemExit) if said else nullcontext() as ended:
-        assert runs.unfinished(table, jobs, {}, flags.split()) == jobs[1:]
+        left = runs.unfinished(table, jobs,
+                               lambda job: runs.flags_of(job, "datasets/levels", flags), flags)
+        assert left == (jobs[1:] if seed == 0 else jobs)
     error = capsys.readouterr().err
     if said:
         assert ended.value.code == 2 and said in error and error.count("\n") == 1
+
+
+def test_a_setting_that_changes_nothing_is_no_difference():
+    """eta had another default once, and a clone has no use for it."""
+    config = {"train": {}, "settings": dataclasses.asdict(settings_for("bc", eta=1.0))}
+    assert runs.differences(config, parse_args(["--algo", "bc"])) == {}
+    config["settings"]["learning_rate"] = 1.0
+    assert runs.differences(config, parse_args(["--algo", "bc"])) == {"learning_rate": (1.0, 3e-3)}
+
+
+def test_rows_without_a_kept_config_are_not_taken_for_a_trials(tmp_path, capsys):
+    table = ladder.study1(tmp_path)
+    table.append([{"part": "levels", "algo": "pac", "seed": 0, "task": "a", "score": 0.4}])
+    jobs, flags = [("levels", "pac", 0)], lambda job: []
+    assert runs.unfinished(table, jobs, flags, []) == []
+    with pytest.raises(SystemExit):
+        runs.unfinished(table, jobs, flags, ["--size", "tiny"])
+    assert "rows of levels-pac-0 whose settings were not kept" in capsys.readouterr().err
+
+
+def test_rows_of_study_1_bring_their_config_along(tmp_path):
+    quality = importlib.import_module("studies.quality")
+    source = ladder.study1(tmp_path)
+    source.append([{"part": "levels", "algo": "bc", "seed": 0, "task": "a", "score": 0.4}])
+    source.configs.write_text(json.dumps({"levels-bc-0": {"train": {"steps": 3}, "settings": {}}}))
+    table = Table("study3", ("expert_share", "algo", "seed", "task", "score"),
+                  ("expert_share", "algo", "seed"), tmp_path)
+    quality.copy_of_study1(table, [("0.1", "bc", 0), ("0.5", "bc", 0)], tmp_path)
+    assert [row["expert_share"] for row in table.rows()] == ["0.1"]
+    assert table.kept_configs() == {"0.1-bc-0": {"train": {"steps": 3}, "settings": {}}}
+
+
+def test_what_an_ablation_sets_is_set_last():
+    flags = ablations.flags_of("eta", "switching", 0, ["--eta", "7"])
+    assert flags[-2:] == ["--eta", 1e6]
 
 
 @pytest.mark.parametrize("module, job, name", [
