@@ -26,6 +26,7 @@ from model import Perceiver, in_bf16
 POOL = 8  # candidates for each place in a batch, where focus chooses
 VALUE_MARGIN = 0.2  # atoms reach past the data's returns by this share of their range, either side
 SHIFT = 4  # pixels, of pictures of 64 x 64
+CONSTANT = 1e-6  # an observation that deviates by no more is a constant
 RISE, FINAL_RATE = 200, 0.05  # of the learning rate: updates of its rise, the share left at the end
 
 
@@ -238,7 +239,7 @@ class Learner:
             for t in body.unique():
                 std, mean = torch.std_mean(obs[body == t], dim=0)
                 model.obs_mean[t] = mean
-                model.obs_std[t] = torch.where(std > 1e-6, std, 1)  # 1: a constant
+                model.obs_std[t] = torch.where(std > CONSTANT, std, 1)
             for head in (model.q_head[-1], model.v_head[-1]):
                 head.bias.data.copy_(bias)
                 head.weight.data.mul_(0.1)

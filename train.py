@@ -212,7 +212,7 @@ from checkpoint import (FORMAT, Log, RunError, check_device, checkpoints, find_c
                         from_config, read_config, restore, save, set_aside)
 from eval import EPISODES_FAILED, evaluate, file_of, kept_path, shown, table, write_summary
 from kernels.graph import Graphs
-from learner import Learner, LossSettings, NonFinite, settings_for
+from learner import CONSTANT, Learner, LossSettings, NonFinite, settings_for
 from model import config_for, count_parameters, tokenize
 from parallel import over_ranks
 from plots import curve
@@ -390,6 +390,20 @@ def by_graph(config, metas):
     return config.device == "cuda" and parallel.RANKS == 1 and not others
 
 
+def tell_of_constants(batch, metas):
+    """A line on the observations of each task that vary, and by too little to be seen."""
+    for number, meta in enumerate(metas):
+        obs = batch.obs[batch.task == number, 0]
+        if len(obs) < 2:
+            continue
+        low, high = obs.min(0).values, obs.max(0).values
+        faint = (high > low) & (torch.std_mean(obs, dim=0)[0] <= CONSTANT)
+        if faint.any():
+            data.notice(f"{meta['name']}: observations {faint.nonzero().flatten().tolist()} vary by "
+                        f"less than {CONSTANT:g} and count as constants: give them in other units, "
+                        "if they matter")
+
+
 def start(config, settings, metas, sources):
     """A learner that begins at the data, on all ranks."""
     learner = Learner(model_config(config, metas), settings, metas, config.steps, config.device,
@@ -400,7 +414,10 @@ def start(config, settings, metas, sources):
     rng, _ = random_streams(config.seed, config.steps, "cpu")  # a stream that no update has
     if config.weights:  # what is seldom drawn has a scale too
         sources = {**sources, "weights": None}
-    learner.start_at(data.Sampler(**sources, batch_size=20_000).sample(rng))
+    batch = data.Sampler(**sources, batch_size=20_000).sample(rng)
+    learner.start_at(batch)
+    if parallel.RANK == 0:
+        tell_of_constants(batch, metas)
     if parallel.RANKS > 1:
         parallel.join(learner, config.shard)
     return learner

@@ -95,6 +95,8 @@ def return_to_go(function):
            "an episode of one step, cut off: shorter than the average that stands for its future")
     expect(function(np.array([8.0, 0.0, 1.0, 3.0]), False, 0.5), [8.875, 1.75, 3.5, 5],
            "which steps stand for the unseen future of an episode that was cut off")
+    expect(function(np.eye(1, 100)[0], False, 0.99)[0], 1 + 0.99**100,
+           "a reward of 1 a hundred steps before the cut: how many steps stand for the future")
 
 
 def window(reward, terminated, length):
@@ -103,7 +105,7 @@ def window(reward, terminated, length):
     rows = torch.zeros(1, T + 1, 5)  # obs, action, reward, return to go, flag
     rows[0, :length, REWARD] = torch.tensor(reward[:length])
     rows[0, length:, FLAG] = FINAL_OBS
-    if length < T:
+    if terminated or length < T:
         rows[0, length - 1, FLAG] = TERMINATED if terminated else TRUNCATED
     return Batch(rows, 1, torch.tensor([0]))
 
@@ -117,6 +119,8 @@ def n_step_returns(function):
         (window([1.0, 2.0, 4.0], False, 2), 2.0, 0.25,
          "a time limit within the window: fewer steps, and the future still counts"),
         (window([3.0], False, 1), 3.0, 0.5, "a window of one step"),
+        (window([1.0, 2.0, 4.0], True, 3), 3.0, 0.0,
+         "an episode that ends for good at the last step of the window"),
     ]
     for batch, reward, bootstrap, case in cases:
         got = pair(function(batch, half))
@@ -288,6 +292,9 @@ def entropy(function):
            "a dimension that this task does not have is counted", "a mask")
     two = states(mixture((1.0, [even])), mixture((1.0, [certain])))
     expect(function(two), math.log(2) / 2, "two states, of which one is certain")
+    unlike = states(mixture((1.0, [even, even])),
+                    mixture((1.0, [certain, even]), mask=[True, False]))
+    expect(function(unlike), math.log(2) * 2 / 3, "a state of two dimensions and one of one")
 
 
 @watched

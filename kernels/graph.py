@@ -40,7 +40,8 @@ def aside(function):
 def capture(function):
     """-> a function that launches again, as one CUDA graph, whatever `function` launches."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Another thread may make batches meanwhile (`--prefetch`): only this one's calls are its own.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         out = function()
 
     def replay():

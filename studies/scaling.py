@@ -253,13 +253,16 @@ def scores(learner, metas, seed, episodes):
     return {"return": summary["iqm"], "return_std": (high - low) / (2 * 1.96), **tasks}
 
 
-def restore_rows(run, learner):
-    """Make the learner what it was when the run was stopped -> the run's rows until then"""
+def restore_rows(run, learner, checksums):
+    """Make the learner what it was when the run was stopped -> the run's rows until then. RunError
+    if its data had other checksums"""
     if not checkpoints(run):
         return []
     restore(find_checkpoint(run), learner)
-    rows = json.loads((run / "rows.json").read_text())
-    return [row for row in rows if row["updates"] <= learner.updates]
+    kept = json.loads((run / "rows.json").read_text())
+    if not isinstance(kept, dict) or kept["checksums"] != checksums:
+        raise RunError(f"{run} was begun on other data, or by older code: move it away")
+    return [row for row in kept["rows"] if row["updates"] <= learner.updates]
 
 
 def train(job, run, folder, device="cpu", last=None, episodes=EPISODES):
@@ -274,15 +277,18 @@ def train(job, run, folder, device="cpu", last=None, episodes=EPISODES):
     held_out = held_out.sample(np.random.default_rng(0))
     same = {**job._asdict(), "params": parameters(learner.model)}
     cost = operations(new_learner(job, part.metas, "meta"))
-    sampler, rows = sampler_for(learner, part), restore_rows(run, learner)
+    checksums = [task.meta["checksum"] for task in part.training["tasks"]]
+    sampler, rows = sampler_for(learner, part), restore_rows(run, learner, checksums)
     while learner.updates < last:
         rng, generator = random_streams(job.seed, learner.updates, device)
         candidates = sampler.sample(rng).to(learner.device)
         metrics = updates_of.update_from(candidates, generator)
         updates = learner.updates
         evaluates = updates in EVALUATED or updates == last
-        if evaluates:
+        saves = evaluates or updates % SAVE_EVERY == 0
+        if saves:
             learner.check(metrics)
+        if evaluates:
             learner.measure_spread(candidates)
             row = {**same, "updates": updates, "flops": cost.until(updates),
                    **held_out_losses(learner, held_out),
@@ -290,9 +296,10 @@ def train(job, run, folder, device="cpu", last=None, episodes=EPISODES):
             rows.append(row)
             print(time.strftime("%H:%M"), job.name, updates, f"return {row['return']:.3f}, clone "
                   f"{row['clone_loss']:.3f}, critic {row['critic_loss']:.3f}", flush=True)
-        if evaluates or updates % SAVE_EVERY == 0:
+        if saves:
             run.mkdir(parents=True, exist_ok=True)
-            data.write_file(run / "rows.json", json.dumps(rows, indent=1) + "\n")
+            kept = {"checksums": checksums, "rows": rows}
+            data.write_file(run / "rows.json", json.dumps(kept, indent=1) + "\n")
             save(run, learner, keep=1)  # after the rows: those of a checkpoint are there
     return rows
 

@@ -33,11 +33,14 @@ WRONG = {
         ("reversed(range(len(reward)))", "range(len(reward))", "returns of three steps"),
         ("discount * future", "future", "returns of three steps"),
         ("np.empty(len(reward))", "reward", "changes what it is given"),
+        ("round(1 / (1 - discount))", "int(1 / (1 - discount))", "a hundred steps before"),
     ],
     "n_step_return": [
         (" * (~batch.terminated.any(1)).float()", "", "ends for good"),
         ("~batch.terminated.any(1)", "~(batch.terminated | batch.truncated).any(1)",
          "the future still counts"),
+        ("~batch.terminated.any(1)", "~batch.terminated[:, :-1].any(1)",
+         "at the last step of the window"),
         ("batch.valid.sum(1)", "batch.reward.shape[1]", "the future still counts"),
         ("batch.valid.sum(1)", "(batch.valid.sum(1) - 1)", "what follows three steps"),
         ("(powers * batch.reward)", "batch.reward", "the rewards of three steps"),
@@ -96,6 +99,8 @@ WRONG = {
          "two dimensions"),
         ("log_probs.detach().exp().sum(1)", "log_probs.detach().exp()", "unlike weight"),
         ("self.mask.sum()", "self.mask[0].sum()", "two states"),
+        ("(entropy * self.mask).sum() / self.mask.sum()",
+         "((entropy * self.mask).sum(1) / self.mask.sum(1)).mean()", "of two dimensions and"),
     ],
     "cloning_loss": [
         ("return -", "return ", "a sign"),

@@ -303,10 +303,3 @@ def test_a_token_for_each_place_whatever_the_size(height, breadth):
     pixels = Pixels([height, breadth, 3], 8)
     frames = torch.zeros(2, HISTORY, height, breadth, 3, dtype=torch.uint8)
     assert pixels(frames).shape == (2, pixels.places, 8)
-
-
-def test_a_graph_of_pictures_is_refused(tmp_path, monkeypatch):
-    settings = settings_for("bc")
-    config = train.TrainConfig(size="tiny", graph=True, device="cpu", steps=1)
-    with pytest.raises(RunError, match="cannot read pictures"):
-        train.start(config, settings, metas_with(), {})

@@ -502,6 +502,16 @@ def test_tasks_that_nothing_tells_apart_are_refused_and_equal_returns_are_said(t
     assert said.count("left: all returns are 0, so nothing tells its good actions") == 1
 
 
+def test_observations_that_are_taken_for_constants_are_named(tmp_path, capsys):
+    """In tesla or farads a signal can be as small. One that never varies needs no word."""
+    episode = numbered(0, 5, 3, 2, terminated=True)
+    episode.obs[:, 1] *= 1e-9
+    episode.obs[:, 2] = 7
+    data.append(tmp_path / "arm" / "coil", [episode], task_meta(3, 2))
+    run(tmp_path / "run", folder=tmp_path / "arm")
+    assert "coil: observations [1] vary by less than 1e-06" in capsys.readouterr().err
+
+
 def test_zero_means_never(tmp_path):
     out = tmp_path / "run"
     run(out, "--save-every", 0, "--log-every", 0, "--eval-every", 0)

@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from behaviors import TASKS
+from checkpoint import RunError
 from data import Sampler
 from kernels import graph
 from learner import Learner
@@ -142,7 +143,29 @@ def test_a_killed_run_ends_as_an_undisturbed_one(small_data, tmp_path, monkeypat
     again = scaling.train(PAC, tmp_path / "killed", small_data, last=8)
     assert [row["updates"] for row in again] == [4, 8]
     assert again == whole
-    assert json.loads((tmp_path / "killed" / "rows.json").read_text()) == whole
+    assert json.loads((tmp_path / "killed" / "rows.json").read_text())["rows"] == whole
+
+
+def test_a_run_does_not_go_on_with_other_data(small_data, tmp_path, monkeypatch):
+    shortened(monkeypatch)
+    scaling.train(PAC, tmp_path / "run", small_data, last=4)
+    path = tmp_path / "run/rows.json"
+    kept = json.loads(path.read_text())
+    kept["checksums"][0] += 1
+    path.write_text(json.dumps(kept))
+    with pytest.raises(RunError, match="was begun on other data"):
+        scaling.train(PAC, tmp_path / "run", small_data, last=8)
+
+
+def test_a_checkpoint_is_saved_of_sound_weights_alone(small_data, tmp_path, monkeypatch):
+    """On a GPU nobody else asks: a run would go on from after the update that failed."""
+    shortened(monkeypatch)
+    asked = []
+    monkeypatch.setattr(Learner, "check", lambda self, metrics: asked.append(self.updates))
+    saved = []
+    monkeypatch.setattr(scaling, "save", lambda run, learner, **_: saved.append(learner.updates))
+    scaling.train(PAC, tmp_path / "run", small_data, last=8)
+    assert saved and set(saved) <= set(asked)
 
 
 # ---------------------------------------------------------------- the laws
