@@ -470,6 +470,17 @@ def best_episodes(tasks, share):
     return chosen
 
 
+def divided(weights, tasks, chosen, odds):
+    """The sources' weights, once each task's sum of them is divided among its sources in proportion
+    to their chosen transitions, times `odds`."""
+    parts = np.array([episodes["length"].sum() for episodes in chosen]) * odds
+    names, out = np.array([task.name for task in tasks]), np.empty(len(tasks))
+    for name in set(names):
+        here = names == name
+        out[here] = weights[here].sum() * (parts[here] / parts[here].sum())
+    return out
+
+
 class Worth:
     """How much the transitions of a task count: exp(focus * merit), as if a better policy had drawn
     them [ours].
@@ -555,12 +566,13 @@ class Sampler:
     Each of `tasks` is drawn from in proportion to its entry of `weights` (default: equally), and
     within it every transition of every chosen episode is equally likely. Those of one name, from
     several sources, are one task. `top`: only this share of each task's episodes, the best ones.
-    `alphas`: the weight of cloning for each of `tasks`. `focus`, `merit`: of the rows' Worth; with
-    a focus of 0 they have none.
+    Below 1 its transitions are equally likely in all of the task's sources, times `odds`, one for
+    each of `tasks`. `alphas`: the weight of cloning for each of them. `focus`, `merit`: of the
+    rows' Worth; with a focus of 0 they have none.
     """
 
-    def __init__(self, tasks, batch_size, steps=1, top=1.0, weights=None, alphas=None, focus=0,
-                 merit="step", device="cpu"):
+    def __init__(self, tasks, batch_size, steps=1, top=1.0, weights=None, alphas=None, odds=None,
+                 focus=0, merit="step", device="cpu"):
         self.batch_size, self.steps, self.device = batch_size, steps, torch.device(device)
         self.obs_dim = max(task.meta["obs_dim"] for task in tasks)
         self.action_dim = max(task.meta["action_dim"] for task in tasks)
@@ -574,7 +586,8 @@ class Sampler:
         has_pictures = any(task.meta.get("frame") for task in tasks)
         self.pictures = Pictures(tasks) if has_pictures else None
         chosen = best_episodes(tasks, top)
-        weights = weights * [len(episodes) > 0 for episodes in chosen]
+        if top < 1:
+            weights = divided(weights, tasks, chosen, odds or 1)
         self.sources, source, final, length, chance = [], [], [], [], []
         for number, (task, episodes) in enumerate(zip(tasks, chosen)):
             alpha = alphas[number] if self.has_alphas else None

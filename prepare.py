@@ -214,22 +214,24 @@ def refuse_twice(folders):
 
 def open_sources(folders, names=None, weights=None, alphas=None, check=True):
     """Several data sets as keyword arguments of Sampler: their tasks, how often each is drawn, its
-    alpha.
+    alpha, and its odds beside the other sources of the task.
 
     weights, alphas: one for each folder; a folder's tasks are drawn equally. check: read every
     byte.
     """
     refuse_twice(folders)
-    tasks, of_tasks, alphas_of_tasks = [], [], []
+    tasks, of_tasks, alphas_of_tasks, odds = [], [], [], []
     for number, folder in enumerate(map(Path, folders)):
         opened = open_tasks(folder, names)
         tasks += opened
-        of_tasks += [(weights[number] if weights else 1) / len(opened)] * len(opened)
+        weight = weights[number] if weights else 1
+        of_tasks += [weight / len(opened)] * len(opened)
+        odds += [weight] * len(opened)
         if alphas:
             alphas_of_tasks += [alphas[number]] * len(opened)
     if check:
         verify(tasks)
-    return dict(tasks=tasks, weights=of_tasks, alphas=alphas_of_tasks or None)
+    return dict(tasks=tasks, weights=of_tasks, alphas=alphas_of_tasks or None, odds=odds)
 
 
 def merged_metas(tasks):

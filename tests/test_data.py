@@ -22,7 +22,7 @@ from hypothesis import given, settings, strategies as st
 import data
 from data import FINAL_OBS, FLAG, REWARD, RETURN, TERMINATED, TRUNCATED, row_width
 from learner import data_weights
-from prepare import merged_metas, verify
+from prepare import merged_metas, open_sources, verify
 from tests.conftest import numbered, task_meta, write_task
 
 ROOT = Path(__file__).parent.parent
@@ -211,6 +211,23 @@ def test_the_best_of_a_task_are_looked_for_in_all_of_its_sources(tmp_path):
         found = {int(final - first) for final, first, source in
                  zip(sampler.final, sampler.first, sampler.source) if source < 2}
         assert found == lengths
+
+
+@pytest.mark.parametrize("top, weights, tasks, of_two", [
+    (0.625, None, (0.75, 0.25), 7 / 45),  # 38 and 7 transitions are chosen
+    (0.625, [1, 3], (0.875, 0.125), 3 * 7 / (38 + 3 * 7)),
+    (0.25, None, (0.75, 0.25), 0),  # the task keeps the weight of a source that has none of them
+    (1, None, (0.75, 0.25), 2 / 3),
+])
+def test_the_best_of_all_sources_are_drawn_alike(tmp_path, top, weights, tasks, of_two):
+    write_task(tmp_path / "one" / "a", [8, 9, 10, 11])
+    write_task(tmp_path / "one" / "b", [4, 4])
+    write_task(tmp_path / "two" / "a", [2, 3, 4, 7])
+    sources = open_sources([tmp_path / "one", tmp_path / "two"], weights=weights)
+    sampler = data.Sampler(**sources, batch_size=10_000, top=top)
+    share = np.bincount(sampler.source[sampler.draw([rng()])[0]], minlength=3) / 10_000
+    np.testing.assert_allclose([share[0] + share[2], share[1]], tasks, atol=1e-3)
+    assert share[2] / tasks[0] == pytest.approx(of_two, abs=1e-3)
 
 
 # ---------------------------------------------------------------- worth
