@@ -75,6 +75,9 @@ def describe(env_id, instruction, discount=0.99, reference=None, **kept):
     if not isinstance(action, Box) or len(action.shape) != 1:
         raise DataError(f"{env_id}: its actions are {action}, and only vectors (a flat Box) can be "
                         "learnt")
+    if action.dtype.kind != "f":
+        raise DataError(f"{env_id}: its actions are {action}, whole numbers, and only real ones "
+                        "can be learnt: wrap it to round actions of a float Box")
     if not action.is_bounded():
         raise DataError(f"{env_id}: its actions have no bounds: {action}")
     if max(np.abs(action.low).max(), np.abs(action.high).max()) > LARGEST:

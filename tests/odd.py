@@ -10,10 +10,11 @@ MOST = np.finfo(np.float32).max
 class Odd(gymnasium.Env):
     """`width` numbers, two actions; `steps` until it cuts an episode off itself."""
 
-    def __init__(self, low=-1.0, high=1.0, steps=20, ends=False, width=3, render_mode=None):
+    def __init__(self, low=-1.0, high=1.0, steps=20, ends=False, width=3, kind="float32",
+                 render_mode=None):
         self.steps, self.ends = steps, ends
         self.observation_space = Box(-np.inf, np.inf, (width,), np.float32)
-        self.action_space = Box(low, high, (2,), np.float32)
+        self.action_space = Box(low, high, (2,), kind)
 
     def obs(self):
         return np.full(self.observation_space.shape, self.t, np.float32)
@@ -80,6 +81,7 @@ gymnasium.register("Odd-v0", "tests.odd:Odd")
 gymnasium.register("Wide-v0", "tests.odd:Odd", kwargs=dict(low=-100.0, high=100.0))
 gymnasium.register("Widest-v0", "tests.odd:Odd", kwargs=dict(low=-MOST, high=MOST))
 gymnasium.register("Unbounded-v0", "tests.odd:Odd", kwargs=dict(low=0.0, high=np.inf))
+gymnasium.register("Whole-v0", "tests.odd:Odd", kwargs=dict(low=-1, high=1, kind="int64"))
 gymnasium.register("Endless-v0", "tests.odd:Odd", kwargs=dict(steps=10**9))
 gymnasium.register("Falls-v0", "tests.odd:Odd", kwargs=dict(ends=True))
 gymnasium.register("Parts-v0", "tests.odd:Parts", max_episode_steps=30)

@@ -208,6 +208,7 @@ def test_arguments_and_limits_are_those_that_were_given(env_id, flags, steps):
     ("Meta-World/MT1", [], "`pip install metaworld`"),
     ("FrozenLake-v1", [], "its observations are Discrete"),
     ("tests.odd:Unbounded-v0", [], "its actions have no bounds"),
+    ("tests.odd:Whole-v0", [], r"its actions are Box\(-1, 1, \(2,\), int64\), whole"),
 ])
 def test_an_environment_that_cannot_be_made_is_one_line(capsys, env_id, flags, message):
     walks()
