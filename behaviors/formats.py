@@ -38,6 +38,7 @@ def read_npz(source, reading):
     paths = sorted(Path(source).glob("*.npz")) if Path(source).is_dir() else [Path(source)]
 
     def read(where, path):
+        reading.without_parts(where)
         with np.load(path, allow_pickle=False) as file:
             arrays = {}
             for name, spellings in NAMES.items():
@@ -123,6 +124,7 @@ def read_hdf5(path, reading):
 
 def read_d4rl(where, file, reading):
     """D4RL's layout: FLAT, and perhaps timeouts and next_observations."""
+    reading.without_parts(where)
     count = len(column(file, "rewards", where, 1))
     obs, action, reward, terminated = (column(file, name, where, ndim, count)
                                        for name, ndim in zip(FLAT, (2, 2, 1, 1)))

@@ -32,6 +32,12 @@ class Reading:
             before, first = self.notes.get(what, (0, where))
             self.notes[what] = before + int(count), first
 
+    def without_parts(self, where):
+        """DataError if parts were asked for of observations that have none."""
+        if self.obs_keys:
+            raise DataError(f"{where}: its observations have no parts, so leave out --obs-keys "
+                            f"{' '.join(self.obs_keys)}")
+
 
 def package(name):
     try:
@@ -52,6 +58,7 @@ def flags(array, count, where):
 def vectors(obs, reading, where):
     """Observations (T, O) of an array, a tuple or a dict; of a dict, the parts asked for."""
     if not isinstance(obs, Mapping):
+        reading.without_parts(where)
         return flatten(obs)
     names = reading.obs_keys or sorted(obs)
     for name in names:

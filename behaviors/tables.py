@@ -90,6 +90,7 @@ def read_imitation(folder, reading):
         yield from each(rows, read_trajectory)
 
     def read_trajectory(where, row):
+        reading.without_parts(where)
         for name in ("obs", "acts", "terminal"):
             if name not in row.column_names:
                 raise DataError(f"{where}: no {name}; there are: {', '.join(row.column_names)}")

@@ -304,6 +304,21 @@ def test_parts_of_observations_are_chosen_and_compared_with_the_environments(tmp
         read(path)
 
 
+@pytest.mark.parametrize("kind", ["npz", "hdf5", "imitation"])
+def test_keys_of_observations_without_parts_are_refused(tmp_path, recorded, kind, request):
+    source = tmp_path / "source"
+    if kind == "npz":
+        pendulum(source)
+    elif kind == "hdf5":
+        source = request.getfixturevalue("d4rl")
+    else:
+        write_arrow(source, {"obs": [recorded[0].obs], "acts": [recorded[0].action],
+                             "rews": [recorded[0].reward], "terminal": [False]})
+    assert read(source)[0]
+    with pytest.raises(data.DataError, match="have no parts, so leave out --obs-keys a b"):
+        read(source, obs_keys=["a", "b"])
+
+
 def test_rewards_that_are_missing_are_asked_for(tmp_path, recorded):
     path = write_robomimic(tmp_path / "a.hdf5", recorded)
     change(path, "data/demo_2/rewards")

@@ -444,6 +444,8 @@ def test_in_out_and_in_again(tmp_path, monkeypatch, capsys, target):
      r"npz, episode 0: obs has shape \(4, 3\), expected \(4, 2\)"),
     ("import npz full --env-id Pendulum-v1", "full/Pendulum-v1 exists already"),
     ("import empty own --env-id Pendulum-v1", "empty: there are no episodes"),
+    ("import npz own --env-id Pendulum-v1 --obs-keys nonsense",
+     "npz/0.npz: its observations have no parts, so leave out --obs-keys nonsense"),
     ("mix both full --shares 0.5 0.5", "one for each of the 1 data sets"),
     ("mix both full --shares 0", "above 0 and at most 1"),
     ("mix full full", "full exists already"),

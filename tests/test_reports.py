@@ -244,6 +244,12 @@ def test_parts_that_are_no_numbers_are_refused(capsys, kind, message):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_keys_of_a_minari_set_without_parts_are_refused(capsys):
+    recorded("own/a-v0", gymnasium.make(ODD))
+    refused(capsys, "--obs-keys", "a", source="minari:own/a-v0", message=".*have no parts")
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_data_and_environment_are_flattened_alike(capsys):
     """A Minari set of dicts: a stored row is what the environment's first observation is."""
     plain = gymnasium.make("tests.odd:Parts-v0", kind="dict")
