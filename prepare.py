@@ -235,7 +235,8 @@ def open_sources(folders, names=None, weights=None, alphas=None, check=True):
 
 
 def merged_metas(tasks):
-    """One meta for each name among the tasks; of several sources, with the range of all returns"""
+    """One meta for each name among the tasks; of several sources, with the range of all returns and
+    all paraphrases"""
     metas = {}
     for task in tasks:
         meta = {"name": task.name, **task.meta}
@@ -252,6 +253,8 @@ def merged_metas(tasks):
             one["reference"] = one["reference"] or meta["reference"]
         ranges = one["return_to_go"] + meta["return_to_go"]
         one["return_to_go"] = [min(ranges), max(ranges)]
+        if told := [*one.get("paraphrases", ()), *meta.get("paraphrases", ())]:
+            one["paraphrases"] = list(dict.fromkeys(told))
         one["transitions"] += meta["transitions"]
         one["episodes"] += meta["episodes"]
     return list(metas.values())

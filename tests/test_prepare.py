@@ -17,7 +17,7 @@ import data
 import prepare
 from behaviors import LEVELS, PARTS, SHARES, TASKS, collect, goal
 from prepare import merged_metas, new_target, open_sources, open_tasks, verify
-from tests.conftest import numbered, write_task
+from tests.conftest import numbered, task_meta, write_task
 
 ROOT = Path(__file__).parent.parent
 ARRAYS = ("obs", "action", "reward", "terminated")
@@ -68,6 +68,23 @@ def test_merged_metas_have_the_range_of_all_returns(tmp_path):
     assert a["return_to_go"] == [0, two.meta["return_to_go"][1]]  # the longer has higher returns
     assert one.meta["return_to_go"][1] < a["return_to_go"][1]
     assert one.meta["transitions"] == 5  # the task's own meta is as it was
+
+
+@pytest.mark.parametrize("paraphrases, found", [
+    ((["x", "y"], ["y", "z"]), ["x", "y", "z"]), ((None, ["z", "x"]), ["z", "x"]),
+    ((["x"], None), ["x"]), ((None, None), None),
+])
+def test_paraphrases_are_those_of_all_sources_in_a_mix_too(tmp_path, paraphrases, found):
+    for name, told in zip(("one", "two"), paraphrases):
+        meta = {**task_meta(), "paraphrases": told} if told else task_meta()
+        data.append(tmp_path / name / "a", [numbered(0, 5)], meta)
+    folders = [tmp_path / "one", tmp_path / "two"]
+    tasks = open_sources(folders)["tasks"]
+    merged, = merged_metas(tasks)
+    assert merged.get("paraphrases") == found
+    command("mix", tmp_path / "both", *folders)
+    assert data.Task(tmp_path / "both" / "a").meta.get("paraphrases") == found
+    assert tasks[0].meta.get("paraphrases") == paraphrases[0]  # the task's own meta is as it was
 
 
 def test_a_folder_s_weight_is_shared_by_its_tasks(tmp_path):
