@@ -14,6 +14,7 @@ also reads robomimic's .hdf5 files, `imitation`'s trajectories, and LeRobot's ta
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -81,6 +82,8 @@ def add_makers(commands):
 def add_converters(commands):
     """`import` and `export`, from and to other formats."""
     read = commands.add_parser("import", help="make a task of a data set in another format")
+    # What begins as a negative number: to argparse alone, -7e0 and -5. are flags.
+    read._negative_number_matcher = re.compile(r"-\.?\d")
     add = read.add_argument
     add("source", help="minari:ID, an .hdf5 file as D4RL's or robomimic's, a folder of .npz files, "
         "or of `imitation` or LeRobot")
@@ -123,7 +126,6 @@ if __name__ == "__main__":
     ARGS = parse_args()  # before the imports below, which take seconds: errors are answered at once
 
 import os
-import re
 import shutil
 from contextlib import contextmanager, suppress
 

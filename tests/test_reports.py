@@ -365,6 +365,7 @@ def test_references_that_differ_are_refused(capsys):
     ("--reference 10 0", "reference 10 0"),
     ("--reference nan 1", "reference nan 1: .* have to be finite"),
     ("--reference 0 inf", "reference 0 inf"),
+    ("--reference -1e0 -2e0", "reference -1 -2"),
     ("--discount 1.0", "discount 1.0: it has to be at least 0 and below 1"),
     ("--discount 99", "discount 99.0"),
     ("--discount -0.1", "discount -0.1"),
@@ -373,6 +374,13 @@ def test_references_that_differ_are_refused(capsys):
 def test_references_and_discounts_are_checked(capsys, flags, message):
     walks()
     refused(capsys, *flags.split(), message=message)
+
+
+@pytest.mark.parametrize("number", ["-7e0", "-7.", "-0.7E+1", "-.7e1", "-7", "-7.0"])
+def test_a_negative_reference_is_read_in_every_spelling(number):
+    walks()
+    expected = {"random": -7.0, "expert": 0.0}
+    assert imported("--reference", number, "0").meta["reference"] == expected
 
 
 @pytest.mark.parametrize("name", ["arm/reach", "../a", ".hidden", "", "a b", "a\n"])
