@@ -241,6 +241,10 @@ def against(panels, x_names, path, x_label, y_label):
 
 # ---------------------------------------------------------------- a lecture's figures
 
+# What data has to share with that of the training, to be what the model can look at.
+AS_TRAINED = ("obs_dim", "action_dim", "action_low", "action_high", "discount")
+
+
 def first_of(names, folders):
     """Each task, of the first of the data sets that has it."""
     tasks = []
@@ -269,6 +273,8 @@ class Scene:
         self.index = names.index(self.name)
         self.meta = self.config["tasks"][self.index]
         self.tasks = first_of(names, [folder] if folder else self.config["train"]["data"])
+        for opened, meta in zip(self.tasks, self.config["tasks"]):
+            prepare.must_agree(opened, meta, f"in {run}", AS_TRAINED)
         self.low, self.range = value_range(self.config["tasks"])
         self.load_episode(self.tasks[self.index], episode)
         self.step = len(self.reward) // 2 if step is None else step

@@ -262,8 +262,8 @@ def merged_metas(tasks):
     return list(metas.values())
 
 
-def must_agree(task, meta, where):
-    for key in MUST_AGREE:
+def must_agree(task, meta, where, keys=MUST_AGREE):
+    for key in keys:
         if task.meta.get(key) != meta.get(key):
             raise DataError(f"{task.folder}/meta.json: {key} is {task.meta.get(key)}, but "
                             f"{meta.get(key)} {where}")

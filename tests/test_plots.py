@@ -10,9 +10,9 @@ import torch
 import envs
 import plots
 import train
-from data import RETURN, DataError, Sampler
+from data import RETURN, DataError, Sampler, append
 from learner import Learner, settings_for
-from tests.conftest import write_task
+from tests.conftest import numbered, task_meta, write_task
 
 HOPPER, REACHER = "Hopper-v5", "Reacher-v5"
 ALL = ["q", "weights", "target", "value", "attention", "histograms", "frames"]
@@ -182,6 +182,26 @@ def test_bad_input_is_one_line_before_anything_is_written(flags, said, run, tmp_
     assert end.value.code == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+    assert not (tmp_path / "figures").exists()
+
+
+@pytest.mark.parametrize("key, value", [("obs_dim", 12), ("action_dim", 2),
+                                        ("action_low", [-2.0] * 3), ("discount", 0.9)])
+def test_data_that_the_model_cannot_look_at_is_one_line(run, tmp_path, capsys, key, value):
+    for name, obs_dim, action_dim in ((HOPPER, 11, 3), (REACHER, 10, 2)):
+        meta = {**task_meta(obs_dim, action_dim), "discount": 0.99}
+        if name == HOPPER:
+            found, meta[key] = meta[key], value
+            if key == "action_dim":
+                meta["action_low"], meta["action_high"] = [-1.0] * 2, [1.0] * 2
+        episode = numbered(0, 5, meta["obs_dim"], meta["action_dim"])
+        append(tmp_path / "other" / name, [episode], meta)
+    flags = ["--data", tmp_path / "other", "--out", tmp_path / "figures"]
+    with pytest.raises(SystemExit) as end:
+        command(run, "--task", HOPPER, *flags)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == (f"plots.py: {tmp_path}/other/{HOPPER}/meta.json: {key} is "
+                                       f"{value}, but {found} in {run}\n")
     assert not (tmp_path / "figures").exists()
 
 
