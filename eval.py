@@ -329,10 +329,19 @@ def point(row, what):
 
 def file_of(act=None, eta=None, video=None, instruction=None, tasks=None):
     """eval.json for a full evaluation; a look at less, or another way to act, has its own name."""
-    told = instruction and re.sub(r"\W+", "-", f"told {instruction}")
-    looks = [act, eta and f"eta{eta:g}", video and "video", told and short(told),
+    looks = [act, eta and f"eta{eta:g}", video and "video", instruction and told(instruction),
              tasks and short("-".join(tasks))]
     return "-".join(["eval", *filter(None, looks)]) + ".json"
+
+
+def told(instruction):
+    """A part of a file's name: another one for whatever a model reads as other words, see
+    model.tokenize."""
+    words = " ".join(instruction.lower().split())
+    name = re.sub(r"\W+", "-", f"told {words}")
+    if re.search(r"[^\w ]", words):  # a comma, say, which the name has lost
+        name += f"-{crc32(words.encode()):08x}"
+    return short(name)
 
 
 def short(text):
@@ -344,18 +353,21 @@ def short(text):
 
 
 def kept_path(path, summary):
-    """The path. If there is an evaluation of the same checkpoint by more episodes, or by as many of
-    another seed, one beside it: what was measured stays."""
+    """The path, or one beside it if that has an evaluation of the same checkpoint by more episodes
+    or from another seed: what was measured stays."""
     try:
         before = json.loads(path.read_text())
-        same = before.get("checkpoint", summary["checkpoint"]) == summary["checkpoint"]
-        if same and scored(before) > scored(summary):
-            return path.with_name(f"{path.stem}-{summary['episodes']}-episodes.json")
-        if same and scored(before) == scored(summary) and before["seed"] != summary["seed"]:
-            return path.with_name(f"{path.stem}-seed{summary['seed']}.json")
+        if before.get("checkpoint", summary["checkpoint"]) != summary["checkpoint"]:
+            return path
+        if scored(before) > scored(summary):
+            beside = f"{path.stem}-{summary['episodes']}-episodes.json"
+        elif before["seed"] != summary["seed"]:
+            beside = f"{path.stem}-seed{summary['seed']}.json"
+        else:
+            return path
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # there is none, or it is damaged
-    return path
+        return path  # there is none, or it is damaged
+    return kept_path(path.with_name(beside), summary)  # that may be there as well
 
 
 def scored(summary):

@@ -294,19 +294,51 @@ def test_only_a_full_evaluation_writes_eval_json(trained, tmp_path, monkeypatch,
         assert json.loads((trained / name).read_text())["episodes"] == 1
         assert f"wrote {trained / name}" in capsys.readouterr().out
     assert video.stat().st_size > 0
-    for flags, name in [([], "eval-seed3.json"), (["--act", "mean"], "eval-mean.json"),
+    for flags, name in [([], "eval-seed3.json"), (["--act", "mean"], "eval-mean-seed3.json"),
                         (["--act", "mean", "--seed", 4], "eval-mean-seed4.json")]:
         command(trained, "--episodes", 2, "--seed", 3, *flags)
         names.add(name)
         assert looks(trained) == (names, full)
-    command(trained, "--episodes", 1, "--act", "mean")  # fewer than there are
-    names.add("eval-mean-1-episodes.json")
+    command(trained, "--episodes", 1, "--act", "mean", "--seed", 3)  # fewer than there are
+    names.add("eval-mean-seed3-1-episodes.json")
     assert looks(trained) == (names, full)
-    command(trained, "--episodes", 3, "--seed", 3)  # more than there were
-    assert looks(trained)[1]["seed"] == 3
+    command(trained, "--episodes", 3)  # more than there were
+    assert looks(trained)[1]["episodes"] == 3
     (trained / "eval.json").write_text("half of")
     command(trained, "--episodes", 1)
     assert looks(trained)[1]["episodes"] == 1
+
+
+def test_no_evaluation_is_overwritten_by_fewer_episodes_or_from_another_seed(tmp_path):
+    path, tasks = tmp_path / "eval.json", {"a": 1, "b": 1}
+
+    def evaluated(episodes, seed, checkpoint="000000010"):
+        """Where it is written, as eval.py does."""
+        summary = {"checkpoint": checkpoint, "episodes": episodes, "seed": seed,
+                   "tasks": {name: {"returns": [0.0] * episodes} for name in tasks}}
+        kept = evaluation.kept_path(path, summary)
+        kept.write_text(json.dumps(summary))
+        return kept.name
+
+    for episodes, seed, name in [
+        (4, 1, "eval.json"),
+        (2, 1, "eval-2-episodes.json"),
+        (2, 2, "eval-2-episodes-seed2.json"),
+        (2, 3, "eval-2-episodes-seed3.json"),
+        (6, 2, "eval-seed2.json"),
+        (5, 2, "eval-seed2-5-episodes.json"),
+        (6, 3, "eval-seed3.json"),
+        (7, 2, "eval-seed2.json"),  # more of the same seed
+        (2, 2, "eval-2-episodes-seed2.json"),  # the same again
+        (5, 1, "eval.json"),
+    ]:
+        assert evaluated(episodes, seed) == name
+    kept = {file.name: json.loads(file.read_text()) for file in tmp_path.iterdir()}
+    assert {name: (summary["episodes"], summary["seed"]) for name, summary in kept.items()} == {
+        "eval.json": (5, 1), "eval-2-episodes.json": (2, 1), "eval-2-episodes-seed2.json": (2, 2),
+        "eval-2-episodes-seed3.json": (2, 3), "eval-seed2.json": (7, 2),
+        "eval-seed2-5-episodes.json": (5, 2), "eval-seed3.json": (6, 3)}
+    assert evaluated(1, 9, checkpoint="000000020") == "eval.json"  # of a model that is no more
 
 
 def test_the_table_is_printed_before_anything_is_written(trained, small_data, tmp_path,

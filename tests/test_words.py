@@ -108,9 +108,22 @@ def test_a_learner_takes_turns_and_the_scale_is_of_the_embodiment():
 
 
 def test_what_was_told_is_in_the_evaluations_name():
-    assert file_of(instruction="go/to it", tasks=["push"]) == "eval-told-go-to-it-push.json"
+    assert file_of(instruction="go to it", tasks=["push"]) == "eval-told-go-to-it-push.json"
     many = [file_of(tasks=[name] * 40) for name in ("push", "pull", "\u63a8" * 9)]
     assert len(set(many)) == 3 and max(len(name.encode()) for name in many) < 120
+
+
+def test_each_wording_has_its_own_evaluation():
+    """The names differ where a model reads other words, and only there."""
+    texts = ["reach the target", "reach, the target", "reach the target.", "reach-the target",
+             "reach/the target", "go " * 40 + "!", "go " * 40 + "?"]
+    names = [file_of(instruction=text) for text in texts]
+    assert names[0] == "eval-told-reach-the-target.json"
+    assert names[1].startswith("eval-told-reach-the-target-")
+    assert len(set(names)) == len(texts) == len({tuple(tokenize(text)) for text in texts})
+    assert max(map(len, names)) < 120 and not any(set(name) & set(" /,?!") for name in names)
+    for text in ("Reach  the target ", "reach\tTHE target"):
+        assert tokenize(text) == tokenize(texts[0]) and file_of(instruction=text) == names[0]
 
 
 # ---------------------------------------------------------------- the suite, and its study
