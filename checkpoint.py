@@ -241,19 +241,23 @@ def drop(path, partial):
 
 def set_aside(run, at):
     """Move the checkpoints after update `at`, which the run goes back to, to a run's folder of
-    their own, with the log so far."""
+    their own, with what is of their model: the evaluations and the curve; and copy the log."""
     newer = [path for path in checkpoints(run) if int(path.name) > at]
     if not newer:
         return
     number = 1 + len(list(run.glob("aside-*")))
     aside = run / f"aside-{number}"
     (aside / "checkpoints").mkdir(parents=True)
-    for name in ("config.json", "metrics.jsonl", "eval.json", "curve.png"):
+    for name in ("config.json", "metrics.jsonl"):
         if (run / name).exists():
             shutil.copy(run / name, aside)
+    # Before the checkpoints: a kill between leaves some of these, and --at goes on from there.
+    for path in (*run.glob("eval*.json"), *run.glob("curve.png")):
+        path.rename(aside / path.name)
     for path in newer:
         path.rename(aside / "checkpoints" / path.name)
-    print(f"the checkpoints after update {at} and the log so far are now in {aside}")
+    print(f"the checkpoints after update {at}, their evaluations and the log so far are now in "
+          f"{aside}")
 
 
 # ---------------------------------------------------------------- the log

@@ -599,6 +599,26 @@ def test_at_sets_the_newer_branch_aside(tmp_path, capsys):
         assert torch.equal(tensor, tensors(aside)[name])
 
 
+def test_at_sets_the_evaluations_of_the_newer_branch_aside(tmp_path, oddity):
+    """They are not of the model that is trained instead, whose checkpoints have the same names."""
+    out = tmp_path / "run"
+    run(out)
+    oddity("")
+    for flags in (["--episodes", 4], ["--episodes", 2], ["--episodes", 1, "--act", "mode"]):
+        assert score(out, *flags) == 0
+    (out / "curve.png").write_text("the curve")
+    before = {path.name: path.read_text() for path in (*out.glob("eval*"), out / "curve.png")}
+    assert len(before) == 4
+    train.main(["--resume", str(out), "--at", "4"])  # the newest: nothing is set aside
+    assert {name: (out / name).read_text() for name in before} == before
+    train.main(["--resume", str(out), "--at", "2"])
+    assert {name: (out / "aside-1" / name).read_text() for name in before} == before
+    assert not [name for name in before if (out / name).exists()]
+    assert find_checkpoint(out).name == find_checkpoint(out / "aside-1").name
+    assert score(out, "--episodes", 2) == 0
+    assert [path.name for path in out.glob("eval*")] == ["eval.json"]
+
+
 @pytest.mark.parametrize("part, key, change, said", [
     ("settings", "alpha", None, "lacks 'alpha'"),
     ("settings", "zeta", 1.0, "has 'zeta'"),
