@@ -268,8 +268,21 @@ def film(env, size):
         renderer.camera_id = mujoco.mj_name2id(renderer.model, camera, "track")
 
 
-def picture(env):
-    """What an environment that was made with `render` looks like: (H, W, 3) uint8."""
+def picture(env, shape=None):
+    """What an environment that was made with `render` looks like: (H, W, 3) uint8. shape: that of
+    the pictures that a model is given, which may have other channels. DataError if it is not."""
+    frame = drawn(env)
+    is_array = isinstance(frame, np.ndarray)
+    if is_array and frame.dtype == np.uint8:
+        if frame.shape == (tuple(shape) if shape else (*frame.shape[:2], 3)):
+            return frame
+    given = f"{frame.dtype} of shape {frame.shape}" if is_array else type(frame).__name__
+    expected = tuple(shape) if shape else "(height, width, 3)"
+    raise DataError(f"render() gave {given}, and it has to give uint8 of shape {expected}")
+
+
+def drawn(env):
+    """What render() gives."""
     renderer = getattr(env.unwrapped, "mujoco_renderer", None)
     if renderer is not None and renderer.viewer is not None:
         # Else the newest environment's is drawn in, and nothing once any of them was closed.
@@ -381,7 +394,7 @@ class Play:
             if name in info:
                 self.success = bool(self.success or np.any(info[name]))
         if self.render and len(self.reward) % 2:
-            self.frames.append(picture(self.env))
+            self.frames.append(picture(self.env, self.meta.get("frame")))
         if self.terminated or truncated:
             self.close()
 
@@ -396,10 +409,7 @@ class Play:
             del self.seen[:-HISTORY + 1]
         self.obs.append(obs)
         if self.meta.get("frame"):
-            frame, shape = picture(self.env), tuple(self.meta["frame"])
-            if np.shape(frame) != shape:
-                raise ValueError(f"a picture of shape {np.shape(frame)}, expected {shape}")
-            self.seen.append(frame)
+            self.seen.append(picture(self.env, self.meta["frame"]))
 
     def history(self):
         """The last pictures (HISTORY, height, width, channels). Before the first stands the first.

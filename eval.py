@@ -418,11 +418,11 @@ def evaluate_run(run, args):
     print(f"{run}: {how}, {args.episodes} episodes a task\n{table(summary)}")
     name = file_of(args.act, args.eta, args.video, args.instruction, args.tasks)
     write_summary(kept_path(Path(run, name), summary), summary)
+    if args.record:
+        record(plays, args.record, first)
     if args.video:
         envs.write_video(args.video, [frame for play in plays for frame in play.frames])
         print(f"wrote {args.video}")
-    if args.record:
-        record(plays, args.record, first)
     return summary
 
 
@@ -448,6 +448,10 @@ def record(plays, folder, first):
 
 def main(args):
     summaries, code = {}, 0
+    if args.video and not Path(args.video).parent.is_dir():  # said before the episodes are played
+        print(f"eval.py: --video {args.video}: there is no folder {Path(args.video).parent}",
+              file=sys.stderr)
+        sys.exit(2)
     for run in dict.fromkeys(str(Path(run)) for run in args.runs):
         try:
             summaries[run] = evaluate_run(run, args)

@@ -508,7 +508,7 @@ def film(scene, longest):
     env = envs.make(scene.meta, render=True)
     obs, over = env.reset(seed=0)[0], False
     while not over and len(frames) < longest:
-        frames.append(env.render())
+        frames.append(envs.picture(env))
         row = torch.zeros(1, scene.obs.shape[1])
         row[0, :len(obs)] = torch.from_numpy(obs)
         latents = scene.model.encode(row, scene.of_task(1))

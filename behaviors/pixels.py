@@ -41,12 +41,12 @@ class Camera(gymnasium.Wrapper):
 
     def reset(self, **options):
         out = self.env.reset(**options)
-        self.pictures.append([envs.picture(self.env)])
+        self.pictures.append([envs.picture(self.env, FRAME)])
         return out
 
     def step(self, action):
         out = self.env.step(action)
-        self.pictures[-1].append(envs.picture(self.env))
+        self.pictures[-1].append(envs.picture(self.env, FRAME))
         return out
 
 

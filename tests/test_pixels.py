@@ -284,7 +284,8 @@ def test_an_environment_that_draws_in_another_size_costs_its_episode(tmp_path):
     about = {**painted(tmp_path).meta, "name": "Painted-v0", "frame": [16, 16, 3]}
     play = Play(0, 0, about, False, render=False)
     play.start(0)
-    assert "a picture of shape (16, 24, 3), expected (16, 16, 3)" in play.failed
+    assert ("render() gave uint8 of shape (16, 24, 3), and it has to give uint8 of shape "
+            "(16, 16, 3)") in play.failed
 
 
 @pytest.mark.parametrize("shape", [(16, 24), (4, 24, 3)])

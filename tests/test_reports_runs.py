@@ -30,7 +30,7 @@ import parallel
 import plots
 import prepare
 import train
-from checkpoint import checkpoints, find_checkpoint, read_config
+from checkpoint import RunError, checkpoints, find_checkpoint, read_config
 from envs import Play
 from eval import rollout, summarise
 from learner import ALGORITHMS, LossSettings, settings_for
@@ -88,9 +88,17 @@ class Odd(gymnasium.Env):
         return self.obs(), reward, False, self.steps == 20, info
 
     def render(self):
+        if self.odd in UNSEEN:
+            return UNSEEN[self.odd][0]
         size = 16 if self.odd == "small" else 32
         return np.full((size, size, 3), self.steps, np.uint8)
 
+
+# What render() gives that is no picture, and what is said of it.
+UNSEEN = {"nothing": (None, "NoneType"), "a list": ([[[0, 0, 0]]], "list"),
+          "grey": (np.zeros((8, 8), np.uint8), "uint8 of shape (8, 8)"),
+          "transparent": (np.zeros((8, 8, 4), np.uint8), "uint8 of shape (8, 8, 4)"),
+          "floats": (np.zeros((8, 8, 3)), "float64 of shape (8, 8, 3)")}
 
 gymnasium.register("Odd-v0", Odd)
 REFERENCE = {"random": 0.0, "expert": 40.0}
@@ -398,6 +406,36 @@ def test_a_video_of_one_that_does_not_render_is_one_line(trained, monkeypatch, c
     monkeypatch.setattr(envs, "make", blind)
     assert score(trained, "--episodes", 1, "--video", tmp_path / "v.gif") == 2
     assert "nothing was filmed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("odd", UNSEEN)
+def test_what_is_no_picture_costs_its_own_film_and_is_one_line(trained, oddity, capsys, tmp_path,
+                                                               odd):
+    said = f"render() gave {UNSEEN[odd][1]}, and it has to give uint8 of shape (height, width, 3)"
+    oddity(odd)
+    assert score(trained, "--episodes", 2, "--video", tmp_path / "v.gif") == 3
+    assert f"a, episode 0, step 1: DataError: {said}\n" in capsys.readouterr().out
+    summary = strict(trained / "eval-video.json")
+    assert [len(summary["tasks"][name]["returns"]) for name in "ab"] == [1, 2]
+    assert (tmp_path / "v.gif").stat().st_size > 100  # of b
+    with pytest.raises(RunError, match=r"a cannot be filmed here \(DataError: render\(\) gave"):
+        plots.frames_figure(plots.Scene(trained, "a"))
+
+
+def test_a_film_that_fails_costs_no_recorded_episode(trained, oddity, capsys, tmp_path):
+    oddity("nothing", "ab")
+    flags = ["--episodes", 3, "--record", tmp_path / "new", "--video"]
+    assert score(trained, *flags, tmp_path / "v.gif") == 2
+    assert "nothing was filmed" in capsys.readouterr().err
+    assert [len(data.Task(tmp_path / "new" / name).episodes) for name in "ab"] == [2, 2]
+
+
+def test_a_film_without_a_folder_is_refused_before_anything_is_played(trained, capsys, tmp_path,
+                                                                      monkeypatch):
+    monkeypatch.setattr(evaluation, "rollout", None)
+    assert score(trained, "--video", tmp_path / "nowhere/v.gif") == 2
+    assert capsys.readouterr().err == (f"eval.py: --video {tmp_path}/nowhere/v.gif: there is no "
+                                       f"folder {tmp_path}/nowhere\n")
 
 
 @pytest.mark.parametrize("env_id", ["Hopper-v5", "HalfCheetah-v5"])
