@@ -157,7 +157,7 @@ def rollout(model, metas, episodes, seed=0, how="improved", eta=2.0, keep=False,
         while waiting or live:
             while waiting and len(live) < ALIVE:
                 play = waiting.popleft()
-                play.start(seed * 10_000 + play.number)
+                play.start(seed_of(seed, play.number))
                 bar.total += play.steps_left()
                 if play.live:
                     live.append(play)
@@ -167,6 +167,11 @@ def rollout(model, metas, episodes, seed=0, how="improved", eta=2.0, keep=False,
                 bar.update(1 if play.live else 1 + play.steps_left())
             live = [play for play in live if play.live]
     return plays
+
+
+def seed_of(seed, number):
+    """An episode's own seed, of 32 bits: dm_control takes no larger one."""
+    return (seed * 10_000 + number) % 2**32
 
 
 def step(model, plays, how, eta, device):

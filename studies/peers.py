@@ -26,7 +26,7 @@ import data
 import plots
 from behaviors import TASKS
 from envs import Play
-from eval import summarise
+from eval import seed_of, summarise
 from studies import print_table
 from studies.ladder import study1
 from studies.runs import (DRAWN, EPISODES, NUMBERS, SEEDS, SHOWN_ROWS, Table, at_a_time, need_data,
@@ -92,7 +92,7 @@ def play(algo, meta, seed):
     """The score of EPISODES episodes, from the same starts as eval.py's with this seed."""
     plays = [Play(0, number, meta, False, False) for number in range(EPISODES)]
     for one in plays:
-        one.start(seed * 10_000 + one.number)
+        one.start(seed_of(seed, one.number))
     while live := [one for one in plays if one.live]:
         actions = algo.predict(np.array([one.obs[-1] for one in live], np.float32))
         for one, action in zip(live, actions):

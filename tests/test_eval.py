@@ -144,6 +144,26 @@ def test_rollouts_are_seeded(original):
     assert len(set(totals(3))) == 4  # each episode is another
 
 
+def test_every_seed_has_episodes(model, monkeypatch):
+    """NumPy's RandomState, which dm_control draws from, takes seeds of 32 bits alone."""
+    taken = []
+
+    class Control(Faulty):
+        def reset(self, seed):
+            np.random.RandomState(seed)
+            taken.append(seed)
+            return super().reset(seed)
+
+    monkeypatch.setattr(envs, "make", lambda meta, render: Control(nothing))
+    meta = {"name": "a", "obs_dim": 3, "action_low": [-1.0, -1.0], "action_high": [1.0, 1.0]}
+    for seed in (0, 1, 429_496, 429_497, 2**32 - 1, 2**40 + 5):
+        plays = rollout(model, [meta, None], 2, seed, how="mean")
+        assert [play.failed for play in plays] == [None, None]
+    assert taken[:6] == [0, 1, 10_000, 10_001, 4_294_960_000, 4_294_960_001]  # as they always were
+    assert taken[6:8] == [4_294_970_000 - 2**32, 4_294_970_001 - 2**32]
+    assert len(set(taken)) == 12
+
+
 def test_the_averaged_weights_are_what_is_loaded(original):
     model, _ = load_run(original)
     stored = load_file(next(find_checkpoint(original).glob("*.safetensors")))
