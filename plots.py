@@ -105,7 +105,9 @@ def curve(run):
 def draw_metric(ax, lines, name, label, **style):
     points = [(line["update"], line[name]) for line in lines if name in line]
     if points:
-        ax.plot(*zip(*points), label=label, **{"linewidth": 1, **style})
+        numbers = [value for _, value in points if value is not None]
+        marker = "o" if len(numbers) == 1 else None  # a line of one point is not to be seen
+        ax.plot(*zip(*points), label=label, **{"linewidth": 1, "marker": marker, **style})
 
 
 def draw_scores(ax, lines, evaluation, steps):

@@ -151,6 +151,19 @@ def test_a_curve_without_evaluations_on_the_way_shows_the_scores_at_the_end(tmp_
     assert points[0] == ("a", 600, 0.4) and points[1][1:] == (600, 0.4) and len(points) == 2
 
 
+@pytest.mark.parametrize("values, seen", [
+    ([0.3], [0.3]), ([None, 0.3], [0.3]), ([0.3, 0.5], [])])
+def test_a_single_logged_number_is_seen(values, seen):
+    """A line through one point alone leaves nothing on the paper."""
+    figure, ax = plt.subplots()
+    lines = [{"update": 50 * number, "loss": value} for number, value in enumerate(values, 1)]
+    plots.draw_metric(ax, lines, "loss", "loss")
+    line, = ax.get_lines()
+    marked = [] if line.get_marker() == "None" else line.get_ydata(orig=False)
+    plt.close(figure)
+    assert [value for value in marked if value == value] == seen
+
+
 # ---------------------------------------------------------------- the command
 
 def test_a_run_with_a_critic_has_every_figure(run, tmp_path, capsys):
