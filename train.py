@@ -315,8 +315,9 @@ def old_run(flags):
     if config.steps > before["steps"]:
         if settings.warmup < 1:  # it stays the same number of updates
             settings.warmup *= before["steps"] / config.steps
-        print(f"--steps {before['steps']} becomes {config.steps}: the learning rate follows the "
-              f"schedule of {config.steps} from here on, and the warm-up stays as long as it was")
+        print(f"--steps {before['steps']} becomes {config.steps}: the learning rate, and the share "
+              f"of observed returns after the warm-up, follow the schedule of {config.steps} from "
+              "here on; the warm-up stays as long as it was")
     return config, settings
 
 

@@ -805,7 +805,7 @@ def test_steps_may_grow_and_the_schedule_is_said(tmp_path, capsys):
     run(out, "--algo", "bc_q", "--warmup", 0.5)
     train.main(["--resume", str(out), "--steps", "16"])
     printed = capsys.readouterr().out
-    assert "--steps 4 becomes 16: the learning rate follows the schedule of 16" in printed
+    assert "--steps 4 becomes 16: the learning rate, and the share of observed returns" in printed
     assert find_checkpoint(out).name == "000000016"
     config = read_config(out)
     assert config["settings"]["warmup"] * config["train"]["steps"] == pytest.approx(2)
