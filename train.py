@@ -391,18 +391,17 @@ def by_graph(config, metas):
     return config.device == "cuda" and parallel.RANKS == 1 and not others
 
 
-def tell_of_constants(batch, metas):
+def tell_of_constants(batch, model, metas):
     """A line on the observations of each task that vary, and by too little to be seen."""
+    std = model.obs_std[model.body_of(torch.arange(len(metas), device=model.obs_std.device))].cpu()
     for number, meta in enumerate(metas):
         obs = batch.obs[batch.task == number, 0]
-        if len(obs) < 2:
-            continue
-        low, high = obs.min(0).values, obs.max(0).values
-        faint = (high > low) & (torch.std_mean(obs, dim=0)[0] <= CONSTANT)
-        if faint.any():
-            data.notice(f"{meta['name']}: observations {faint.nonzero().flatten().tolist()} vary by "
-                        f"less than {CONSTANT:g} and count as constants: give them in other units, "
-                        "if they matter")
+        if len(obs):
+            varies = obs.amax(0) > obs.amin(0)
+            faint = (varies & (std[number] == 1)).nonzero().flatten().tolist()  # see start_at
+            if faint:
+                data.notice(f"{meta['name']}: observations {faint} vary by less than {CONSTANT:g} "
+                            "and count as constants: give them in other units, if they matter")
 
 
 def start(config, settings, metas, sources):
@@ -418,7 +417,7 @@ def start(config, settings, metas, sources):
     batch = data.Sampler(**sources, batch_size=20_000).sample(rng)
     learner.start_at(batch)
     if parallel.RANK == 0:
-        tell_of_constants(batch, metas)
+        tell_of_constants(batch, learner.model, metas)
     if parallel.RANKS > 1:
         parallel.join(learner, config.shard)
     return learner

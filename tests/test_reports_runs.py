@@ -548,6 +548,12 @@ def test_observations_that_are_taken_for_constants_are_named(tmp_path, capsys):
     data.append(tmp_path / "arm" / "coil", [episode], task_meta(3, 2))
     run(tmp_path / "run", folder=tmp_path / "arm")
     assert "coil: observations [1] vary by less than 1e-06" in capsys.readouterr().err
+    other = numbered(0, 5, 3, 2, terminated=True)  # of one body with it, where nothing is so small
+    for name, one in ("coil", episode), ("rod", other):
+        meta = {**task_meta(3, 2), "embodiment": "arm", "instruction": name}
+        data.append(tmp_path / "arms" / name, [one], meta)
+    run(tmp_path / "two", folder=tmp_path / "arms")
+    assert "vary by less" not in capsys.readouterr().err
 
 
 def test_zero_means_never(tmp_path):
