@@ -461,11 +461,10 @@ def laws_of_all(rows, ways, variants, shares):
     return laws
 
 
-def end_of(rows):
-    """The means over seeds of return, cloning loss and critic loss at the last updates."""
+def end_of(rows, columns=("return", "clone_loss", "critic_loss")):
+    """The means over seeds of some columns at the last updates."""
     last = max(row["updates"] for row in rows)
     rows = [row for row in rows if row["updates"] == last]
-    columns = ("return", "clone_loss", "critic_loss")
     means = {name: finite(np.mean([row[name] for row in rows])) for name in columns}
     return {"updates": last, **means}
 

@@ -185,15 +185,15 @@ def draw(rows, ways, folder):
 # ---------------------------------------------------------------- tables
 
 def print_ends(rows, ways):
-    """Return and cloning loss of each size at the end of its runs, in markdown."""
+    """Return of each size at the end of its runs, and cloning loss as the way sees it: a table."""
     sizes = dict.fromkeys(row["size"] for row in sorted(rows, key=lambda row: row["params"]))
     shown = []
     for size in sizes:
         cells = []
         for way in ways:
-            some = select(rows, way, size=size)
-            end = end_of(some) if some else None
-            cells.append(f"{end['return']:.2f}, {end['clone_loss']:.2f}" if end else "")
+            some, loss = select(rows, way, size=size), loss_column(way)
+            end = end_of(some, ("return", loss)) if some else None
+            cells.append(f"{end['return']:.2f}, {end[loss]:.2f}" if end else "")
         shown.append([size, *cells])
     print_table(["return, cloning loss", *map(name_of, ways)], shown)
 

@@ -13,7 +13,7 @@ from data import Sampler
 from kernels import graph
 from learner import Learner
 from model import SIZES
-from studies import scaling, scaling_fit
+from studies import scaling, scaling_fit, scaling_show
 from studies.scaling import Job, new_learner, open_part, operations, shape
 from studies.scaling_fit import budgets_of, mean_profile, numbers_of, optima, profiles_of
 from tests.test_launches import captured
@@ -382,6 +382,17 @@ def test_the_widest_sizes_are_run_on_a_gpu_alone(device, sizes, tmp_path, monkey
     jobs = scaling.sweep()
     scaling.run(jobs, jobs, scaling.scaling_table(tmp_path), args)
     assert {jobs[index].size for index in ran} == sizes | {"w16", "w32", "w64"}  # and variants
+
+
+def test_no_law_is_of_the_sizes_that_a_gpu_has_trained(tmp_path):
+    """They are drawn; with one seed and the last decades to themselves they would bend every law."""
+    rows = made_rows(np.random.default_rng(0))
+    wide = [{**row, "size": "w256", "params": 10 * row["params"], "return": 5.0} for row in rows
+            if row["size"] == "w128"]
+    figure = scaling_show.profiles_figure(rows + wide, [("bc_q", 0, "switching")])
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    assert max(lines["the best"].get_ydata()) < 2
+    assert scaling_fit.fitted(rows + wide) == rows
 
 
 def test_every_run_of_the_sweep_is_another_one():
