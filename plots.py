@@ -30,7 +30,7 @@ def parse_args(argv=None):
     add("--task", help="of the run's tasks (default: the first)")
     add("--episode", type=int, help="of the data (default: that of the median return)")
     add("--step", type=int, help="of the episode, for single states (default: its middle)")
-    add("--data", metavar="DIR", help="a data set (default: the first of the run's that has the task)")
+    add("--data", metavar="DIR", help="a data set (default: the run's first with the task)")
     add("--out", type=Path, metavar="DIR", help="where to (default: RUN/figures/TASK)")
     add("--format", choices=("png", "pdf"), default="png", help="(default: %(default)s)")
     return parser.parse_args(argv)

@@ -54,7 +54,7 @@ class TrainConfig:
     threads: int = None  # of the CPU (default: 1 for tiny and small, otherwise torch's choice)
     device: str = None  # what computes (default: cuda if there is one; bf16 there)
     compile: bool = False  # the loss, by torch.compile: faster after a minute or two; needs g++
-    graph: bool = None  # each update as one CUDA graph, 13 times as fast (default: on one GPU)
+    graph: bool = None  # each update as one CUDA graph: one launch (default: on one GPU, to xs)
     accumulate: int = 1  # work a batch off in so many parts, for less memory
     recompute: bool = None  # activations: less memory, a third more work (default: for s, m, l)
     shard: bool = None  # the weights over the ranks, by FSDP, not DDP (default: for s, m, l)

@@ -93,16 +93,17 @@ class Table:
     def keep_config(self, run):
         """Put a run's settings and flags into NAME-configs.json."""
         config = read_config(run)
+        self.put_config(run.name, {key: config[key] for key in ("train", "settings")})
+
+    def put_config(self, name, config):
         with FILE_LOCK:
-            configs = self.kept_configs()
-            configs[run.name] = {key: config[key] for key in ("train", "settings")}
+            configs = self.kept_configs() | {name: config}
             write_file(self.configs, json.dumps(configs, indent=1, sort_keys=True) + "\n")
 
     def copy_config(self, source, of_its, of_mine):
         """The config that another table keeps of one of its jobs, for one of this table's."""
         if config := source.kept_configs().get(name_of(of_its)):
-            configs = self.kept_configs() | {name_of(of_mine): config}
-            write_file(self.configs, json.dumps(configs, indent=1, sort_keys=True) + "\n")
+            self.put_config(name_of(of_mine), config)
 
     def missing(self, jobs):
         """Those of the jobs, tuples of the key's values, that have no row yet."""

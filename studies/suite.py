@@ -20,7 +20,7 @@ import torch
 import prepare
 from behaviors import suite
 from data import FINAL_OBS, FLAG, MERITS, RETURN, Batch, DataError, Worth
-from eval import iqm
+from eval import COUNT, iqm
 from learner import Learner, LossSettings, settings_for
 from model import SIZES, config_for, count_parameters
 from studies import print_table
@@ -211,7 +211,7 @@ def main():
                         help="each one a data set and a model (default: metaworld:10)")
     parser.add_argument("--algo", nargs="+", choices=ALGOS, default=ALGOS)
     parser.add_argument("--seeds", nargs="+", type=int, default=(0,))
-    parser.add_argument("--updates", type=int, default=steps_of("small"),
+    parser.add_argument("--updates", type=COUNT, default=steps_of("small"),
                         help="of a run (default: %(default)s)")
     parser.add_argument("--transitions", type=int, default=20_000, help="a task, of new data")
     parser.add_argument("--cost", nargs="*", metavar="SIZE", choices=SIZES,
