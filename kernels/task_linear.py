@@ -136,6 +136,9 @@ def forward_kernel(
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     there = (r[:, None] < num_rows) & (o[None, :] < WIDTH)
     task = tl.load(task_ptr + r // rows_each, mask=r < num_rows, other=0).to(tl.int32)
+    # Where rows come sorted by task, as a Sampler's do, those of a block are of a few.
+    lowest = tl.min(tl.where(r < num_rows, task, num_tasks), 0)
+    end = tl.max(task, 0) + 1
     bias = tl.load(bias_ptr + task[:, None] * WIDTH + o[None, :], mask=there, other=0.0)
     out = bias.to(tl.float32)
     for start in range(0, NUM_FEATURES, BLOCK_F):
@@ -144,7 +147,7 @@ def forward_kernel(
             x_ptr, first_ptr, scales_ptr, mean_ptr, std_ptr, r[:, None], task[:, None], f[None, :],
             num_rows, HAS_STATISTICS, DIMS, SCALES,
         )  # fmt: skip
-        for t in range(0, num_tasks):
+        for t in range(lowest, end):
             rows = (tl.load(first_ptr + t) + f)[:, None].to(tl.int64)
             exists = (rows < tl.load(first_ptr + t + 1)) & (o[None, :] < WIDTH)
             weight = tl.load(weight_ptr + rows * WIDTH + o[None, :], mask=exists, other=0.0)
