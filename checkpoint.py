@@ -245,8 +245,9 @@ def set_aside(run, at):
     newer = [path for path in checkpoints(run) if int(path.name) > at]
     if not newer:
         return
-    number = 1 + len(list(run.glob("aside-*")))
-    aside = run / f"aside-{number}"
+    number = 1
+    while (aside := run / f"aside-{number}").exists():
+        number += 1
     (aside / "checkpoints").mkdir(parents=True)
     for name in ("config.json", "metrics.jsonl"):
         if (run / name).exists():

@@ -282,9 +282,9 @@ def frames_file(folder, meta):
     return file
 
 
-def append(folder, episodes, meta=None, source=None, skip=False):
+def append(folder, episodes, meta=None, source=None, skip=False, **more):
     """Write `episodes` (an iterable of Episode) behind those in `folder`; with `meta`, start it
-    anew. -> a Tally
+    anew. more: what else meta.json is to say -> a Tally
 
     They count once meta.json is replaced, in one step, at the end: a killed writer leaves what was
     there before. source: what errors name, instead of `folder`. skip: leave bad episodes out.
@@ -323,7 +323,7 @@ def append(folder, episodes, meta=None, source=None, skip=False):
         if len(records) == before:
             why = f": {tally.skipped[0]}" if tally.skipped else ""
             raise DataError(f"{source or folder}: there are no episodes{why}")
-        commit(folder, {**meta, "return_to_go": [low, high], "rows": start}, records)
+        commit(folder, {**meta, **more, "return_to_go": [low, high], "rows": start}, records)
     return tally
 
 

@@ -100,6 +100,8 @@ def describe(env_id, instruction, discount=0.99, reference=None, **kept):
 
 def check_reference(reference):
     """DataError if the returns that score 0 and 1 are not finite, or not in this order."""
+    if reference and reference.keys() != {"random", "expert"}:
+        raise DataError(f"reference {reference}: it has to be of `random` and `expert`")
     if reference and not -LARGEST < reference["random"] < reference["expert"] < LARGEST:
         raise DataError(f"reference {reference['random']:g} {reference['expert']:g}: the returns "
                         "that score 0 and 1 have to be finite, the second above the first")
@@ -349,11 +351,10 @@ class Play:
         self.low = np.array(meta["action_low"], np.float32)
         self.high = np.array(meta["action_high"], np.float32)
         self.obs, self.action, self.reward, self.frames = [], [], [], []
+        self.total = 0.0  # the return
         self.seen = []  # the pictures that a model is given: the last ones, or all there were
         self.terminated = self.live = False
         self.env = self.failed = self.success = self.limit = None
-
-    total = property(lambda self: sum(self.reward))
 
     def ask(self, function, *args):
         """Call what calls the environment; if that fails, this episode ends."""
@@ -386,6 +387,7 @@ class Play:
     def advance(self, action):
         obs, reward, self.terminated, truncated, info = self.env.step(action)
         self.reward.append(np.asarray(reward).item())
+        self.total += self.reward[-1]
         if not abs(self.total) <= LARGEST_RETURN:
             raise ValueError(f"the return is {self.total}")
         self.action.append(action)

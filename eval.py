@@ -314,7 +314,8 @@ def compare(summaries, path):
         if what == "score":
             points.append(point({"score": summary["iqm"], "interval": summary["interval"]}, what))
         if any(points):
-            methods[run] = points
+            shown_as = f"./{run}" if run[0] == "_" else run  # a legend hides what begins so
+            methods[shown_as] = points
         else:
             print(f"{run} is left out of the figure: none of its tasks has a {what}")
     if what == "score":
@@ -359,7 +360,7 @@ def short(text):
 
 def kept_path(path, summary):
     """The path, or one beside it if that has an evaluation of the same checkpoint by more episodes
-    or from another seed: what was measured stays."""
+    or by others: what was measured stays."""
     try:
         before = json.loads(path.read_text())
         if before.get("checkpoint", summary["checkpoint"]) != summary["checkpoint"]:
@@ -368,6 +369,8 @@ def kept_path(path, summary):
             beside = f"{path.stem}-{summary['episodes']}-episodes.json"
         elif before["seed"] != summary["seed"]:
             beside = f"{path.stem}-seed{summary['seed']}.json"
+        elif before.get("first", 0) != summary.get("first", 0):
+            beside = f"{path.stem}-from-episode-{summary.get('first', 0)}.json"
         else:
             return path
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -418,13 +421,13 @@ def evaluate_run(run, args):
     plays = rollout(model, metas, args.episodes, args.seed, how, eta, keep=bool(args.record),
                     render=bool(args.video), first=first)
     about = {"run": str(run), "act": how, "eta": eta, "seed": args.seed, "episodes": args.episodes,
-             "checkpoint": config["checkpoint"]}
+             "first": max(filter(None, first or ()), default=0), "checkpoint": config["checkpoint"]}
     summary = {**about, **summarise(plays)}
     print(f"{run}: {how}, {args.episodes} episodes a task\n{table(summary)}")
     name = file_of(args.act, args.eta, args.video, args.instruction, args.tasks)
     write_summary(kept_path(Path(run, name), summary), summary)
     if args.record:
-        record(plays, args.record, first)
+        record(plays, args.record, first, args.episodes)
     if args.video:
         envs.write_video(args.video, [frame for play in plays for frame in play.frames])
         print(f"wrote {args.video}")
@@ -432,22 +435,30 @@ def evaluate_run(run, args):
 
 
 def recorded(folder, meta):
-    """How many episodes of a task a data set has: the next ones are others."""
+    """How many episodes of a task were played for a data set, those that failed included: the next
+    ones are others."""
     path = Path(folder, meta["name"])
     prepare.refuse_other(path, meta)
-    return len(data.Task(path).episodes) if (path / "meta.json").exists() else 0
+    if not (path / "meta.json").exists():
+        return 0
+    there = data.Task(path).meta
+    return there.get("played", there["episodes"])
 
 
-def record(plays, folder, first):
-    """Append the episodes to a data set, task by task. first: how many each task had before."""
+def record(plays, folder, first, episodes):
+    """Append the episodes to a data set, task by task.
+
+    first: how many had been played for each task before; episodes: and how many now
+    """
     for meta, played in by_task(plays):
         path, start = Path(folder, meta["name"]), None
-        if recorded(folder, meta) != first[played[0].index]:
+        before = first[played[0].index]
+        if recorded(folder, meta) != before:
             raise data.DataError(f"{path}: another process has recorded here meanwhile, and these "
                                  "may be the same episodes; record again")
         if not (path / "meta.json").exists():
             start = prepare.anew(meta)
-        data.append(path, [play.episode() for play in played], start)
+        data.append(path, [play.episode() for play in played], start, played=before + episodes)
         print(f"wrote {len(played)} episodes to {path}")
 
 

@@ -149,7 +149,7 @@ def rows(ax, names, methods, label=SCORE):
         centre, low, high = np.array([point for point in points if point]).T
         ax.errorbar(centre, places, xerr=arms(centre, low, high), label=method,
                     **style(number, len(methods)))
-    for x in (0, 1):
+    for x in (0, 1) if label == SCORE else ():
         ax.axvline(x, color="grey", linewidth=0.8, linestyle=":")
     for place in range(len(names) - 1):
         ax.axhline(place + 0.5, color="black" if place == 0 else "0.85", linewidth=0.5)

@@ -141,7 +141,7 @@ from data import RETURN, DataError, Task, append, notice, only_writer, progress,
 MUST_AGREE = ("env_id", *envs.KEPT, "obs_dim", "action_dim", "action_low", "action_high",
               "discount", "embodiment", "instruction", "frame")
 # What a meta says of the episodes there are.
-COUNTED = ("name", "episodes", "transitions", "return", "checksum", "sources")
+COUNTED = ("name", "episodes", "transitions", "return", "checksum", "sources", "played")
 
 
 @contextmanager
@@ -247,7 +247,7 @@ def merged_metas(tasks):
         one = metas.setdefault(task.name, meta)
         if one is meta:
             continue
-        must_agree(task, one, "in another source")
+        must_agree(task, one, "in another source", fitted=": import both with --no-fit-actions")
         if meta["reference"] != one["reference"]:
             if meta["reference"] and one["reference"]:
                 raise DataError(f"{task.folder}/meta.json: reference is {meta['reference']}, but "
@@ -262,11 +262,13 @@ def merged_metas(tasks):
     return list(metas.values())
 
 
-def must_agree(task, meta, where, keys=MUST_AGREE):
+def must_agree(task, meta, where, keys=MUST_AGREE, fitted=""):
+    """DataError if a task's meta differs from another one's. fitted: what to do about boxes"""
     for key in keys:
         if task.meta.get(key) != meta.get(key):
+            advice = fitted if key in ("action_low", "action_high") else ""
             raise DataError(f"{task.folder}/meta.json: {key} is {task.meta.get(key)}, but "
-                            f"{meta.get(key)} {where}")
+                            f"{meta.get(key)} {where}{advice}")
 
 
 def refuse_other(folder, meta):
@@ -294,6 +296,12 @@ def verify(tasks):
             for number in range(len(task.episodes)):
                 verify_episode(task, number)
                 bar.update(int(length[number]))
+
+
+def sound(task, number):
+    """An episode, once its bytes are checked: where it is written anew its checksum is a new one."""
+    verify_episode(task, number)
+    return task.episode(number)
 
 
 def verify_episode(task, number):
@@ -334,14 +342,20 @@ def default_metas(names=None):
     return metas
 
 
+def lacks_default(folder, names=None):
+    """Whether a folder is that of a default data set, and tasks of it are not there yet."""
+    if folder.parent not in DEFAULT_SETS or folder.name not in PARTS:
+        return False
+    known(names)
+    return not all((folder / task).exists() for task in names or TASKS)
+
+
 def build_default(folder, names=None):
     """Make what is missing of a default data set; leave other folders alone."""
-    if folder.parent in DEFAULT_SETS and folder.name in PARTS:
-        known(names)
+    if lacks_default(folder, names):
         wanted = folder.parent, [folder.name], names or TASKS, DEFAULT_SETS[folder.parent]
-        if not all((folder / task).exists() for task in names or TASKS):
-            there_already(*wanted)  # what is added has to be of one kind with it
-            build(*wanted)
+        there_already(*wanted)  # what is added has to be of one kind with it
+        build(*wanted)
 
 
 def build(folder=DATASETS, parts=PARTS, tasks=TASKS, transitions=TRANSITIONS, shares=SHARES, seed=0,
@@ -402,6 +416,9 @@ def run_build(args, source=collect):
     if not args.transitions:
         raise DataError("--transitions 0: there would be no data")
     shares = dict(zip(SHARES, args.shares))
+    if "beyond" in args.part and shares["expert"] == 1:
+        raise DataError(f"--shares {args.shares}: `beyond` has no expert, so nothing is left for it; "
+                        "--part names the other parts")
     left = there_already(args.out, args.part, args.tasks, args.transitions, args.discount)
     build(args.out, args.part, args.tasks, args.transitions, shares, args.seed, args.discount,
           source)
@@ -438,13 +455,14 @@ def run_import(args):
 
 def run_export(args):
     task = Task(args.task)
-    if task.meta.get("frame") and re.search(r"^minari:|\.(hdf5|h5)$", args.target):
+    if task.meta.get("frame") and re.search(r"(?i)^minari:|\.(hdf5|h5)$", args.target):
         raise DataError(f"{task.folder} has pictures, and only a folder of .npz files takes these")
+    verify([task])
     if args.target.startswith("minari:"):
         formats.write_minari(task, args.target.removeprefix("minari:"))
     else:
         write = formats.write_npz
-        if Path(args.target).suffix in (".hdf5", ".h5"):
+        if Path(args.target).suffix.lower() in (".hdf5", ".h5"):
             write = formats.write_hdf5
         with new_target(args.target) as partial:
             write(task, partial)
@@ -472,7 +490,7 @@ def run_mix(args):
             drawn = [{"folder": str(task.folder), "episodes": len(some)} for task, some in kept]
             meta = {**anew(merged), "sources": drawn}
             total = sum(len(some) for _, some in kept)
-            episodes = (task.episode(number) for task, some in kept for number in some)
+            episodes = (sound(task, number) for task, some in kept for number in some)
             bar = progress(episodes, desc="mix", unit="episode", total=total, delay=2)
             append(partial / merged["name"], bar, meta)
     print(f"wrote {args.out}")

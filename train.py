@@ -80,12 +80,13 @@ RANGES = (
      "steps batch_size eval_episodes keep threads accumulate n_step"),
     ("2 or more", lambda x: x >= 2, "samples"),  # one alone has no spread
 )
+ANY = "finite", math.isfinite, ""  # a setting of your own, say
 
 
 # ---------------------------------------------------------------- flags, before torch is imported
 
 def source_of(file):
-    return Path(__file__).with_name(file).read_text()
+    return Path(__file__).with_name(file).read_text(encoding="utf-8")
 
 
 def fields_of(file, name):
@@ -95,7 +96,11 @@ def fields_of(file, name):
     answered at once. Besides, the comments are the flags' help.
     """
     body = re.search(rf"class {name}:\n(.*?)\n\n\n", source_of(file), re.S)[1]
-    return re.findall(r"^    (\w+): (\S+) = (.+?)  # (.+)$", body, re.M)
+    fields = re.findall(r"^    (\w+): (\S+) = (.+?)(?:  # (.+))?$", body, re.M)
+    for field, _, _, comment in fields:
+        if not comment:
+            sys.exit(f"{file}: {name}.{field} has no comment, which is to be its flag's help")
+    return fields
 
 
 def names_of(file, table):
@@ -122,7 +127,7 @@ TYPES = {"str": str, "int": int, "float": float}
 
 def number(name, kind):
     """The type of a setting's flag: one that takes the numbers of RANGES."""
-    words, allowed, _ = next(row for row in RANGES if name in row[2].split())
+    words, allowed, _ = next((row for row in RANGES if name in row[2].split()), ANY)
 
     def read(text):
         if not allowed(kind(text)):
@@ -264,6 +269,8 @@ def idle(settings):
     elif settings.warmup == 1:
         yield ({"alpha", "n_step"}, "the warm-up is all of the run: the policy clones, and the "
                "critic learns observed returns")
+    if settings.critic == "v":
+        yield {"samples"}, "PAC+V improves on the data's actions, and draws none"
 
 
 def new_run(flags):
@@ -341,10 +348,14 @@ def model_config(config, metas):
 
 def dry_run(config, settings):
     """Print what the run would take. The data need not be there yet."""
-    try:
-        metas = prepare.merged_metas(prepare.open_sources(config.data, config.tasks)["tasks"])
-    except data.DataError:
-        metas = prepare.default_metas(config.tasks)
+    tasks, metas = [], []
+    for folder in map(Path, config.data):
+        if prepare.lacks_default(folder, config.tasks):
+            metas = prepare.default_metas(config.tasks)
+        else:
+            tasks += prepare.open_tasks(folder, config.tasks)
+    names = {task.name for task in tasks}
+    metas = [meta for meta in metas if meta["name"] not in names] + prepare.merged_metas(tasks)
     learner = Learner(model_config(config, metas), settings, metas, 0, "meta")
     print(parallel.report(learner, config.batch_size, config.accumulate, config.recompute,
                           config.shard))

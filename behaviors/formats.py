@@ -10,6 +10,7 @@ import shutil
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args, get_origin
 from zipfile import BadZipFile
 
 import numpy as np
@@ -17,14 +18,17 @@ import numpy as np
 import envs
 from behaviors import tables
 from behaviors.steps import each, episodes_of, package, rewards, vectors
-from data import DataError, Episode, progress
+from data import DataError, Episode, notice, progress
 
 FLAT = ("observations", "actions", "rewards", "terminals")  # D4RL's arrays, one row a step
 # What an episode's arrays are called: ours, and those of `imitation`.
 NAMES = {"obs": ("obs",), "action": ("action", "acts"), "reward": ("reward", "rews"),
          "terminated": ("terminated", "terminal")}
 TOLD = ("instruction", "paraphrases", "embodiment")  # what a model is told of a task
-ABOUT = ("env_id", *envs.KEPT, *TOLD, "discount", "reference", "frame")  # exported beside the data
+# What is exported of a task beside its episodes, and of what kind it is.
+ABOUT = {"env_id": str, "env_args": dict, "max_episode_steps": int, "wrappers": list,
+         "instruction": str, "paraphrases": list[str], "embodiment": str, "discount": float,
+         "reference": dict[str, float], "frame": list[int]}
 
 
 # ---------------------------------------------------------------- .npz: ours, and imitation's
@@ -61,7 +65,10 @@ def read_npz(source, reading):
 
 
 def about_npz(source):
-    path, first = Path(source) / "task.json", min(Path(source).glob("*.npz"), default=None)
+    source = Path(source)
+    path, first = source / "task.json", source
+    if source.is_dir():
+        first = min(source.glob("*.npz"), default=None)
     about = json.loads(path.read_text()) if path.exists() else {}
     if first and "frame" not in about:
         # What cannot be read is named when its turn comes.
@@ -82,7 +89,7 @@ def write_npz(task, folder):
 
 def about(task):
     """What is exported of a task beside its episodes."""
-    return {key: task.meta[key] for key in ABOUT if task.meta.get(key)}
+    return {key: task.meta[key] for key in ABOUT if task.meta.get(key) not in (None, "", [], {})}
 
 
 def exported(episodes):
@@ -155,7 +162,12 @@ def read_demo(where, demo, reading):
 
 def about_hdf5(path):
     with open_hdf5(path) as file:
-        return json.loads(file.attrs.get("task", "{}"))
+        said = file.attrs.get("task", "{}")
+    with suppress(ValueError, TypeError):
+        if isinstance(found := json.loads(said), dict):
+            return found
+    notice(f"{path}: its attribute `task` is none that export writes, and is not read: {said!r}")
+    return {}
 
 
 def write_hdf5(task, path):
@@ -221,6 +233,9 @@ def about_minari(name):
     low, high = (metadata.get(f"ref_{end}_score") for end in ("min", "max"))
     if low is not None and high is not None:
         found["reference"] = {"random": float(low), "expert": float(high)}
+    told = metadata.get("task")  # as write_minari leaves it
+    if isinstance(told, dict):
+        found |= {key: told[key] for key in (*TOLD, "discount") if key in told}
     return found
 
 
@@ -247,10 +262,11 @@ def write_minari(task, name):
     if target.exists():
         raise DataError(f"minari:{name} exists already: delete it, or choose another name")
     try:
-        minari.create_dataset_from_buffers(
+        made = minari.create_dataset_from_buffers(
             name, buffers(), env=spec, observation_space=env.observation_space,
             action_space=env.action_space, ref_min_score=reference["random"],
             ref_max_score=reference["expert"], description=task.meta["instruction"])
+        made.storage.update_metadata({"task": about(task)})
     except BaseException as error:
         shutil.rmtree(target, ignore_errors=True)
         if isinstance(error, Exception):
@@ -266,7 +282,7 @@ def reader(source):
     path, found = Path(source), {}
     if source.startswith("minari:"):
         read, ask, source = read_minari, about_minari, source.removeprefix("minari:")
-    elif path.suffix in (".hdf5", ".h5") and path.is_file():
+    elif path.suffix.lower() in (".hdf5", ".h5") and path.is_file():
         read, ask = read_hdf5, about_hdf5
     elif path.is_dir() and tables.is_lerobot(path):
         read, ask = tables.read_lerobot, None
@@ -280,4 +296,27 @@ def reader(source):
         found = ask(source) if ask else {}
     except (ValueError, OSError) as error:
         raise DataError(f"{source}: what it says of its task is damaged: {error}") from None
+    check_about(found, source)
     return (lambda reading: read(source, reading)), found
+
+
+def check_about(found, source):
+    """DataError if what a source says of its task is not what ABOUT expects."""
+    if not isinstance(found, dict):
+        raise DataError(f"{source}: what it says of its task is no object: {found!r}")
+    for key, kind in ABOUT.items():
+        if found.get(key) is not None and not is_of(found[key], kind):
+            expected = kind if get_args(kind) else kind.__name__
+            raise DataError(f"{source}: what it says of its task is damaged: {key} is "
+                            f"{found[key]!r}, expected {expected}")
+
+
+def is_of(value, kind):
+    """Whether a value of a JSON file is of a type, such as list[str] or dict[str, float]."""
+    kind, parts = get_origin(kind) or kind, get_args(kind)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not isinstance(value, kind):
+        return False
+    values = value.values() if kind is dict else value
+    return not parts or all(is_of(one, parts[-1]) for one in values)

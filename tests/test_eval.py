@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 import envs
 import eval as evaluation
+import plots
 import prepare
 import train
 from checkpoint import find_checkpoint, load_run
@@ -114,7 +116,7 @@ def play(index, *reward):
     meta = {"name": "abcd"[index], "action_low": [-1.0], "action_high": [1.0],
             "reference": {"random": 0, "expert": 10}}
     made = Play(index, 0, meta, keep=False, render=False)
-    made.reward = list(reward)
+    made.reward, made.total = list(reward), sum(reward)
     return made
 
 
@@ -279,6 +281,33 @@ def test_record_and_evaluate_from_the_run_alone(trained, tmp_path, capsys):
     assert f"wrote 3 episodes to {tmp_path / 'own' / REACHER}" in printed
 
 
+def test_no_episode_is_recorded_twice_though_some_fail(trained, tmp_path, monkeypatch):
+    make, starts = envs.make, []
+
+    class Failing(gymnasium.Wrapper):
+        def reset(self, seed=None, options=None):
+            starts.append(seed)
+            if seed % 5 in (1, 3):
+                crash()
+            return self.env.reset(seed=seed)
+
+    monkeypatch.setattr(envs, "make", lambda *args: Failing(make(*args)))
+    flags = [trained, "--tasks", REACHER, "--record", tmp_path / "own", "--episodes", 5]
+    for _ in range(2):
+        ends_with(evaluation.EPISODES_FAILED, *flags)
+    task, = prepare.open_tasks(tmp_path / "own")
+    assert len(set(starts)) == len(starts) == 10
+    assert len(set(task.episodes["checksum"])) == len(task.episodes) == 6
+    first = json.loads((trained / f"eval-{REACHER}.json").read_text())
+    second = json.loads((trained / f"eval-{REACHER}-from-episode-5.json").read_text())
+    assert (first["first"], second["first"]) == (0, 5)
+    for summary, mine in ((first, slice(3)), (second, slice(3, 6))):
+        returns = summary["tasks"][REACHER]["returns"]
+        np.testing.assert_allclose(task.episodes["return"][mine], returns, rtol=1e-5)
+    prepare.main(["mix", str(tmp_path / "mixed"), str(tmp_path / "own")])
+    assert "played" not in prepare.open_tasks(tmp_path / "mixed")[0].meta
+
+
 def looks(run):
     """The names of a run's evaluations, and the content of eval.json."""
     names = {path.name for path in run.glob("eval*")}
@@ -404,6 +433,25 @@ def test_comparison_figure(trained, original, tmp_path):
     other = shutil.copytree(original, tmp_path / "other")
     command(trained, other, "--episodes", 1, "--tasks", REACHER, "--plot", path)
     assert path.stat().st_size > 5_000
+
+
+def test_the_legend_names_runs_that_begin_with_an_underline(trained, tmp_path, monkeypatch):
+    """matplotlib hides what begins so."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, "_old")
+    legends = []
+    monkeypatch.setattr(plots, "save", lambda figure, _: legends.extend(figure.legends))
+    command("_old", "run", "--episodes", 1, "--tasks", REACHER)
+    assert [text.get_text() for text in legends[0].texts] == ["./_old", "run"]
+
+
+def test_lines_at_0_and_1_are_of_scores_alone(monkeypatch):
+    lines = []
+    monkeypatch.setattr(plots, "save", lambda figure, _: lines.append(
+        [line for line in figure.axes[0].lines if line.get_linestyle() == ":"]))
+    for label in (plots.SCORE, "return"):
+        plots.compare({"a": [(0.5, 0.4, 0.6)]}, ["task"], "x.png", label=label)
+    assert [len(some) for some in lines] == [2, 0]
 
 
 # ---------------------------------------------------------------- bad input

@@ -220,6 +220,15 @@ def test_a_chunk_that_cannot_be_read_is_named(tmp_path, d4rl):
 
 @pytest.mark.parametrize("name, text, message", [
     ("npz/task.json", "{", "npz: what it says of its task is damaged"),
+    ("npz/task.json", "[]", r"npz: what it says of its task is no object: \[\]"),
+    ("npz/task.json", '{"env_id": 5}', "damaged: env_id is 5, expected str"),
+    ("npz/task.json", '{"discount": "0.9"}', "damaged: discount is '0.9', expected float"),
+    ("npz/task.json", '{"discount": true}', "damaged: discount is True, expected float"),
+    ("npz/task.json", '{"paraphrases": "move it"}', "paraphrases is 'move it', expected list.str."),
+    ("npz/task.json", '{"paraphrases": [1]}', r"paraphrases is \[1\], expected list.str."),
+    ("npz/task.json", '{"reference": [0, 1]}', r"reference is \[0, 1\], expected dict.str, float."),
+    ("npz/task.json", '{"reference": {"random": "a"}}', "expected dict.str, float."),
+    ("npz/task.json", '{"frame": [8.5, 8, 3]}', "frame is .*, expected list.int."),
     ("a.hdf5", "no file of HDF5", "a.hdf5: .*file signature not found"),
 ])
 def test_what_is_no_source_is_named(tmp_path, name, text, message):
@@ -229,6 +238,15 @@ def test_what_is_no_source_is_named(tmp_path, name, text, message):
     source = tmp_path / name.split("/")[0]
     with pytest.raises(data.DataError, match=message):
         read(source)
+
+
+@pytest.mark.parametrize("said", ["hopper-medium", "3", "[1]", 7])
+def test_a_file_s_own_attribute_of_that_name_is_no_obstacle(d4rl, capsys, said):
+    with hdf5(d4rl, "r+") as file:
+        file.attrs["task"] = said
+    read_, found = formats.reader(str(d4rl))
+    assert found == {} and len([*read_(Reading())])
+    assert "its attribute `task` is none that export writes" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- robomimic, imitation, LeRobot

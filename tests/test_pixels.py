@@ -96,6 +96,9 @@ def test_pictures_go_out_and_in_as_npz_alone(tmp_path, capsys):
     (tmp_path / "npz/task.json").unlink()  # then the files say what pictures there are
     prepare.main(["import", str(tmp_path / "npz"), str(tmp_path / "third"), "--env-id",
                   "Painted-v0"])
+    file = min((tmp_path / "npz").glob("*.npz"))
+    prepare.main(["import", str(file), str(tmp_path / "one"), "--env-id", "Painted-v0"])
+    assert len(data.Task(tmp_path / "one/Painted-v0").episodes) == 1
     for folder in ("again", "third"):
         task = data.Task(tmp_path / folder / "Painted-v0")
         assert task.meta["frame"] == SHAPE

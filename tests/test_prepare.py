@@ -16,6 +16,7 @@ import behaviors
 import data
 import prepare
 from behaviors import LEVELS, PARTS, SHARES, TASKS, collect, goal
+from data import REWARD, row_width
 from prepare import merged_metas, new_target, open_sources, open_tasks, verify
 from tests.conftest import numbered, task_meta, write_task
 
@@ -444,12 +445,21 @@ def test_in_out_and_in_again(tmp_path, monkeypatch, capsys, target):
     assert meta["env_args"] == {"g": 9.81}
     assert meta["action_high"] == [2.0]
     assert meta["paraphrases"] == ["get it up", "swing it"] and meta["embodiment"] == "pole"
-    if target.startswith("minari:"):  # it has no place for these
-        meta.update(instruction="Pendulum-v1", discount=0.99)
-        for key in ("return_to_go", "checksum"):
-            assert again.pop(key) != meta.pop(key)
-        del meta["paraphrases"], meta["embodiment"]
     assert again == meta
+
+
+@pytest.mark.parametrize("target", ["out", "out.HDF5", "minari:own/pendulum-v0"])
+def test_a_discount_of_0_goes_out_and_in(tmp_path, monkeypatch, target):
+    if target != "out":
+        pytest.importorskip("h5py" if "HDF5" in target else "minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    monkeypatch.chdir(tmp_path)
+    pendulum(tmp_path / "npz")
+    command("import", "npz", "own", "--env-id", "Pendulum-v1", "--discount", 0)
+    command("export", "own/Pendulum-v1", target)
+    assert target == "out" or not Path(target).is_dir()
+    command("import", target, "again")
+    assert data.Task("again/Pendulum-v1").meta["discount"] == 0
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -492,6 +502,25 @@ def test_a_missing_package_names_its_install(tmp_path, monkeypatch, capsys):
     said = refusal(capsys, "export", tmp_path / "a", tmp_path / "a.hdf5")
     assert "this needs `pip install h5py`" in said
     assert not (tmp_path / "a.hdf5").exists()
+
+
+@pytest.mark.parametrize("flags", [["mix", "mixed", "set"], ["export", "set/a", "out"],
+                                   ["export", "set/a", "out.hdf5"]])
+def test_damage_is_not_passed_on_with_a_new_checksum(tmp_path, monkeypatch, capsys, flags):
+    """What is written anew has new checksums: from then on nobody could tell."""
+    monkeypatch.chdir(tmp_path)
+    task = write_task(Path("set/a"), [3, 4])
+    rows = np.memmap("set/a/rows.bin", np.float32, "r+").reshape(-1, row_width(task.meta))
+    rows[5, REWARD] = 1000
+    rows.flush()
+    assert "a, episode 1: wrong checksum" in refusal(capsys, *flags)
+    assert {path.name for path in Path().iterdir()} <= {"set", ".lock"}
+
+
+def test_no_shares_leave_nothing_for_beyond(tmp_path, capsys):
+    flags = ["build", "--out", tmp_path / "x", "--shares", 0, 0, 0, 1, "--transitions", 100]
+    assert "`beyond` has no expert, so nothing is left for it" in refusal(capsys, *flags)
+    assert not (tmp_path / "x").exists()
 
 
 def test_mix_is_a_union_of_shares(tmp_path):

@@ -5,6 +5,7 @@ test starts torchrun itself.
 """
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,7 +22,7 @@ from checkpoint import find_checkpoint, load_run
 from learner import ALGORITHMS, Learner, settings_for
 from model import Policy, config_for
 from parallel import flops_per_update, memory, nbytes, report
-from tests.conftest import batch, meta, tiny
+from tests.conftest import batch, meta, tiny, write_task
 from tests.test_checkpoint import in_child, resource, start_child, wait_for
 from tests.test_durable import at_update, kill
 from tests.test_train import log, run
@@ -294,6 +295,29 @@ def test_the_operations_are_those_of_an_update(algo):
         learner.update(steps_of(16), torch.Generator())
     expected = pytest.approx(counter.get_total_flops(), rel=0.1)
     assert flops_per_update(without_numbers, 16) == expected
+
+
+def test_a_dry_run_is_of_the_data_that_a_run_would_have(tmp_path, monkeypatch, capsys):
+    """Another model's numbers, for a wrong path, were taken for those of one's own data."""
+    monkeypatch.chdir(tmp_path)
+
+    def parameters(*flags):
+        train.main(["--size", "tiny", "--dry-run", *flags])
+        return re.search("([0-9,]+) parameters", capsys.readouterr().out)[1]
+
+    default = parameters()
+    write_task(tmp_path / "own/a", [3])
+    own = parameters("--data", "own")
+    assert own != default == parameters("--data", "datasets/tiny/levels")
+    assert own != parameters("--data", "own", "datasets/tiny/levels") != default  # of 8 tasks
+    for folder in ("onw", "own/a"):
+        with pytest.raises(SystemExit) as ended:
+            train.main(["--data", folder, "--dry-run"])
+        assert ended.value.code == 2 and f"{folder}: no data set here" in capsys.readouterr().err
+    (tmp_path / "own/a/meta.json").write_text("{")
+    with pytest.raises(SystemExit):
+        train.main(["--data", "own", "--dry-run"])
+    assert "meta.json: it is damaged" in capsys.readouterr().err
 
 
 def test_dry_run_of_a_large_size(capsys):

@@ -230,7 +230,7 @@ def played(index, reference, *returns):
             "reference": reference}
     plays = [Play(index, number, meta, False, False) for number in range(len(returns))]
     for play, total in zip(plays, returns):
-        play.reward = [total]
+        play.reward, play.total = [total], total
     return plays
 
 
@@ -639,6 +639,9 @@ def test_at_sets_the_newer_branch_aside(tmp_path, capsys):
     assert log(out) == before  # without gaps
     train.main(["--resume", str(out), "--at", "2"])
     assert (out / "aside-2").exists() and log(out) == before
+    shutil.rmtree(aside)  # for space; the next takes its number
+    train.main(["--resume", str(out), "--at", "2"])
+    assert {path.name for path in out.glob("aside-*")} == {"aside-1", "aside-2"}
     for name, tensor in tensors(out).items():
         assert torch.equal(tensor, tensors(aside)[name])
 

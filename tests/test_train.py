@@ -64,6 +64,34 @@ def test_the_flags_read_as_text_are_the_dataclasses_fields(file, table):
         assert value == fields[name].default and type(value) is type(fields[name].default)
 
 
+def test_a_setting_of_ones_own_is_a_flag_if_it_has_a_comment(monkeypatch):
+    """The README invites to change the loss; a reader's first new line is such a setting."""
+    source = (ROOT / "learner.py").read_text()
+
+    def with_setting(line):
+        text = source.replace("    alpha: float", f"    {line}\n    alpha: float", 1)
+        monkeypatch.setattr(train, "source_of",
+                            lambda file: text if file == "learner.py" else
+                            (ROOT / file).read_text())
+
+    with_setting("rho: float = 0.7  # of mine")
+    assert train.parse_args(["--rho", "-2.5"]).loss == {"rho": -2.5}
+    with pytest.raises(SystemExit):
+        train.parse_args(["--rho", "inf"])
+    with_setting("rho: float = 0.7")
+    with pytest.raises(SystemExit, match="LossSettings.rho has no comment"):
+        train.parse_args([])
+
+
+@pytest.mark.parametrize("command", ["train.py", "eval.py", "prepare.py"])
+def test_flags_are_read_wherever_text_is_not_utf_8(command):
+    """On Windows, and with LC_ALL=C: the sources hold other signs than ASCII's."""
+    ascii = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    ran = subprocess.run([sys.executable, command, "--help"], cwd=ROOT, env=ascii,
+                         capture_output=True)
+    assert ran.returncode == 0, ran.stderr
+
+
 def test_the_names_read_as_text_are_the_tables_keys():
     assert list(train.names_of("model.py", "SIZES")) == list(SIZES)
     assert list(train.names_of("learner.py", "ALGORITHMS")) == list(ALGORITHMS)
@@ -278,6 +306,7 @@ def test_a_merit_without_weights_is_refused_if_asked_for(capsys, new, small_data
     ("--algo one_step --alpha 0.5", "--alpha 0.5 changes nothing: the warm-up is all of the run"),
     ("--algo pac --warmup 1 --n-step 1", "--n-step 1 changes nothing: the warm-up is all"),
     ("--algo one_step --alphas 0.5", "--alphas: one_step only clones"),
+    ("--algo pacv --samples 4", "--samples 4 changes nothing: PAC+V improves on the data's"),
     ("--focus 400", "400: it has to be from 0 to 40")])
 def test_a_setting_that_changes_nothing_or_overflows_is_refused(capsys, new, tmp_path, flags, said):
     assert said in refused(capsys, *new, *flags.split())
