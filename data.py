@@ -546,7 +546,8 @@ class Pictures:
         shapes = {tuple(task.meta["frame"]) for task in tasks if task.meta.get("frame")}
         if len(shapes) > 1:
             raise DataError(f"pictures of several shapes: {shapes}; one model takes one")
-        self.maps, self.shape = [task.frames() for task in tasks], *shapes
+        self.maps = [task.frames() for task in tasks]
+        self.shape, = shapes
 
     def read(self, place):
         """place (..., 2), of each picture its source and row -> (..., height, width, channels); of

@@ -292,7 +292,7 @@ def between(row):
 
 def evaluate(model, metas, episodes, seed=0, how="improved", eta=2.0):
     """Roll out and summarise; `metas` as for `rollout`. Tasks are told in their first wording."""
-    model.speak(0)
+    model.use_wording(0)
     return summarise(rollout(model, metas, episodes, seed, how, eta))
 
 
@@ -412,7 +412,7 @@ def evaluate_run(run, args):
     if args.instruction is not None:
         try:
             for index in range(len(metas)):
-                model.tell(index, args.instruction)
+                model.set_instruction(index, args.instruction)
         except ValueError as error:
             raise RunError(f"--instruction: {error}") from None
     first = None

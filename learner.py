@@ -367,7 +367,7 @@ class Learner:
         if self.updates <= self.warmup_updates and self.settings.beta > 0:
             generator = torch.Generator(self.device).manual_seed(0)
             part = batch.take(slice(None, None, self.pool))  # with every task's share
-            part = self.see(part)
+            part = self.with_frames(part)
             self.forward(part, self.noise(part, generator), 0.5)
 
     def choose(self, candidates, generator):
@@ -398,7 +398,7 @@ class Learner:
         rows = torch.searchsorted(sums, places * sums[-1])
         return candidates.take(rows.clamp(max=len(task) - 1))
 
-    def see(self, batch, generator=None):
+    def with_frames(self, batch, generator=None):
         """The Batch with its pictures, if its tasks have any; all of a row's are shifted by chance
         alike (random shifts: Yarats et al. 2021), without a generator not at all."""
         if batch.pictures is None:
@@ -418,7 +418,7 @@ class Learner:
         share, parts = self.share(), []
         for first in range(self.accumulate):
             part = batch.take(slice(first, None, self.accumulate))  # with every task's share
-            part = self.see(part, generator)
+            part = self.with_frames(part, generator)
             with in_bf16(self.model.config, self.device):
                 loss, metrics = self.forward(part, self.noise(part, generator), share)
             (loss / self.accumulate).backward()
@@ -448,7 +448,7 @@ class Learner:
     def begin_update(self):
         """Set the learning rate, and take turns among the instructions' wordings."""
         for model in (self.model, self.target_model):
-            model.speak(self.updates)
+            model.use_wording(self.updates)
         rate = self.learning_rate()
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], torch.Tensor):

@@ -283,7 +283,7 @@ class Perceiver(nn.Module):
         tasks, W = config.tasks, config.width
         bodies, body = embodiments(tasks)
         obs_dims, action_dims = zip(*bodies.values())
-        self.shares = len(bodies) < len(tasks)
+        self.shares_bodies = len(bodies) < len(tasks)
 
         def buffer(name, value, persistent=False):
             self.register_buffer(name, value, persistent)
@@ -301,7 +301,7 @@ class Perceiver(nn.Module):
         buffer("words", torch.zeros_like(self.wordings[0]))
         buffer("input_mask", torch.ones(len(tasks), config.obs_tokens + self.words.shape[1],
                                         dtype=torch.bool))
-        self.use(self.wordings[0])
+        self.set_words(self.wordings[0])
         # A row for each embodiment.
         buffer("obs_mean", torch.zeros(len(bodies), max(obs_dims)), persistent=True)
         buffer("obs_std", torch.ones(len(bodies), max(obs_dims)), persistent=True)
@@ -340,28 +340,28 @@ class Perceiver(nn.Module):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def use(self, ids):
-        """Tell the tasks by these words (tasks, longest); -1: none."""
+    def set_words(self, ids):
+        """Tell the tasks by the words of these ids (tasks, longest); -1: none."""
         self.words.copy_(ids.clamp(min=0))
         self.input_mask[:, self.config.obs_tokens:] = ids >= 0
 
-    def speak(self, number):
+    def use_wording(self, number):
         """Tell the tasks by their wordings of this number; past the last they begin again."""
         if len(self.wordings) > 1:
-            self.use(self.wordings[number % len(self.wordings)])
+            self.set_words(self.wordings[number % len(self.wordings)])
 
-    def tell(self, index, instruction):
+    def set_instruction(self, index, instruction):
         """Tell a task by this text, whatever its wordings are."""
         ids, longest = tokenize(instruction), self.words.shape[1]
         if not 0 < len(ids) <= longest:
             raise ValueError(f"an instruction of {len(ids)} words; this model reads 1 to {longest}")
         ids = torch.tensor(ids + [-1] * (longest - len(ids)))
         self.wordings[:, index] = ids.to(self.words.device)
-        self.use(self.wordings[0])
+        self.set_words(self.wordings[0])
 
     def body_of(self, task):
         """The index (B,) of each one's embodiment."""
-        return self.body[task] if self.shares else task
+        return self.body[task] if self.shares_bodies else task
 
     def inputs(self, obs, task, frames=None):
         """obs: (B, O), task: (B,) -> the latents' contexts, and the mask (B, I) of them. frames:

@@ -85,8 +85,8 @@ def leads_on(obs, next_obs):
     for first in range(0, len(obs) - 1, BLOCK):
         last = min(first + BLOCK, len(obs) - 1)
         there, here = next_obs[first:last], obs[first + 1:last + 1]
-        found[first:last] = np.isclose(there, here, rtol=1e-4, atol=1e-6,
-                                             equal_nan=True).all(axis=1)
+        near = np.isclose(there, here, rtol=1e-4, atol=1e-6, equal_nan=True)
+        found[first:last] = near.all(axis=1)
     return found
 
 
@@ -97,18 +97,10 @@ def at_limit(ends, limit):
     return (step - np.maximum.accumulate(np.where(begins, step, 0)) + 1) % limit == 0
 
 
-def episodes_of(obs, next_obs, action, reward, terminated, truncated, reading, where):
-    """The Episodes of N steps, in order.
-
-    obs, next_obs: (N, O), sliced; action (N, A); reward, terminated, truncated (N,). If next_obs is
-    None, the last step before a time limit is dropped: the state that it led to is not known. If
-    truncated is None, or never set, an episode ends at reading.limit.
-    """
-    count = len(reward)
-    terminated = flags(terminated, count, f"{where}: the flag of terminal states")
-    ends = terminated.copy()
+def ends_of(obs, next_obs, terminated, truncated, reading, where):
+    """(N,) whether an episode ends with a step; arguments as of `episodes_of`."""
+    count, ends = len(terminated), terminated.copy()
     if truncated is not None:
-        truncated = flags(truncated, count, f"{where}: the flag of time limits")
         ends |= truncated
     if next_obs is not None:
         on = leads_on(obs, next_obs)
@@ -127,8 +119,22 @@ def episodes_of(obs, next_obs, action, reward, terminated, truncated, reading, w
                         "ends: give --max-episode-steps")
     if reading.limit and (truncated is None or not truncated.any()):
         ends |= at_limit(ends, reading.limit)
-    start = 0
-    for end in np.union1d(np.flatnonzero(ends) + 1, [count][:count]):
+    ends[-1:] = True
+    return ends
+
+
+def episodes_of(obs, next_obs, action, reward, terminated, truncated, reading, where):
+    """The Episodes of N steps, in order.
+
+    obs, next_obs: (N, O), sliced; action (N, A); reward, terminated, truncated (N,). If next_obs is
+    None, the last step before a time limit is dropped: the state that it led to is not known. If
+    truncated is None, or never set, an episode ends at reading.limit.
+    """
+    terminated = flags(terminated, len(reward), f"{where}: the flag of terminal states")
+    if truncated is not None:
+        truncated = flags(truncated, len(reward), f"{where}: the flag of time limits")
+    start, ends = 0, ends_of(obs, next_obs, terminated, truncated, reading, where)
+    for end in np.flatnonzero(ends) + 1:
         if next_obs is not None:
             final, stop = next_obs[end - 1:end], end
         elif terminated[end - 1]:  # a terminal state's successor is never looked at

@@ -78,7 +78,7 @@ def play(run, algo, seed):
         only = [meta if other is meta else None for other in metas]
         with_puck = meta["name"].removeprefix("metaworld-") in SCENES[0]
         for told, words in tellings(meta["name"]):
-            model.tell(index, words)
+            model.set_instruction(index, words)
             plays = rollout(model, only, EPISODES, seed + 1, settings["act"], settings["eta"],
                             keep=True)
             row = {"algo": algo, "seed": seed, "task": meta["name"], "told": told, "words": words,

@@ -40,7 +40,7 @@ def test_words_alone_tell_tasks_of_one_embodiment_apart():
     model = made()
     assert len(model.obs_mean) == len(model.obs_encoder.bias) == len(model.policy_query) == 2
     assert not torch.allclose(asked(model, 0), asked(model, 1))
-    model.tell(0, "pull it")
+    model.set_instruction(0, "pull it")
     torch.testing.assert_close(asked(model, 0), asked(model, 1))
 
 
@@ -48,7 +48,7 @@ def test_tasks_without_an_embodiment_share_nothing():
     alone = [{key: value for key, value in one.items() if key != "embodiment"} for one in TWO]
     model = made(alone)
     assert len(model.obs_mean) == len(model.obs_encoder.bias) == len(model.policy_query) == 3
-    model.tell(0, "pull it")
+    model.set_instruction(0, "pull it")
     assert not torch.allclose(asked(model, 0), asked(model, 1))
 
 
@@ -75,7 +75,7 @@ def test_wordings_take_turns():
     model = made()
     ids = [tokenize(text) for text in ("pull it", "draw it here", "pull", "pull it")]
     for number, expected in enumerate(ids):
-        model.speak(number)
+        model.use_wording(number)
         there = model.input_mask[1, model.config.obs_tokens:]
         assert model.words[1, there].tolist() == expected
         assert model.words[0, :2].tolist() == tokenize("push it")  # it has one alone
@@ -83,13 +83,13 @@ def test_wordings_take_turns():
 
 def test_a_text_that_was_told_stays_whatever_the_turn():
     model = made()
-    model.tell(1, "draw it here")
+    model.set_instruction(1, "draw it here")
     for number in range(3):
-        model.speak(number)
+        model.use_wording(number)
         assert model.words[1].tolist() == tokenize("draw it here")
     for text in ("", "more words than it was built for"):
         with pytest.raises(ValueError, match="this model reads 1 to 3"):
-            model.tell(1, text)
+            model.set_instruction(1, text)
 
 
 def test_a_learner_takes_turns_and_the_scale_is_of_the_embodiment():
