@@ -299,7 +299,7 @@ def verify(tasks):
 
 
 def sound(task, number):
-    """An episode, once its bytes are checked: where it is written anew its checksum is a new one."""
+    """An episode, once its bytes are checked: written anew, it has a new checksum."""
     verify_episode(task, number)
     return task.episode(number)
 
@@ -417,8 +417,8 @@ def run_build(args, source=collect):
         raise DataError("--transitions 0: there would be no data")
     shares = dict(zip(SHARES, args.shares))
     if "beyond" in args.part and shares["expert"] == 1:
-        raise DataError(f"--shares {args.shares}: `beyond` has no expert, so nothing is left for it; "
-                        "--part names the other parts")
+        raise DataError(f"--shares {args.shares}: `beyond` has no expert, so nothing is left for "
+                        "it; --part names the other parts")
     left = there_already(args.out, args.part, args.tasks, args.transitions, args.discount)
     build(args.out, args.part, args.tasks, args.transitions, shares, args.seed, args.discount,
           source)

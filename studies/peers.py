@@ -4,10 +4,11 @@
     python -m studies.peers                  the runs of a minute that are missing, then the tables
     python -m studies.peers --minutes 1 5 15 --methods td3+bc iql --seeds 0 1      with more time
     python -m studies.peers --minutes 5 15 --methods pac --seeds 0 1      and PAC, as often as long
+    python -m studies.peers --part beyond --minutes 5 --methods td3+bc iql --seeds 0
     python -m studies.peers --table          no runs: tables and figures from results/study2.csv
 
-TD3+BC, IQL and AWAC as d3rlpy's own reproductions set them, on the `switching` data that PAC's run
-trained on. A specialist trains on one thread, for minutes that are counted without loading and
+TD3+BC, IQL and AWAC as d3rlpy's own reproductions set them, on the data that PAC's run trained on,
+`switching` or `beyond`. A specialist trains on one thread, for minutes that are counted without loading and
 playing. PAC's own budget, 10,000 updates, is less than a minute a task on an undisturbed thread;
 with that its scores are those of results/study1.csv.
 """
@@ -33,9 +34,9 @@ from studies.runs import (DRAWN, EPISODES, NUMBERS, SEEDS, SHOWN_ROWS, Table, at
                           new_parser, points, print_scores, result_of, start_or_resume)
 from train import steps_of
 
-DATA = "datasets/switching"
+PARTS = ("switching", "beyond")
 METHODS = ("td3+bc", "iql", "awac")
-COLUMNS = ("method", "minutes", "seed", "task", "seconds", "score", "updates")
+COLUMNS = ("part", "method", "minutes", "seed", "task", "seconds", "score", "updates")
 MINUTES = (1, 5, 15)
 MARKS = tuple(map(str, MINUTES))
 LONG = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Swimmer-v5")  # get more than a minute
@@ -102,12 +103,12 @@ def play(algo, meta, seed):
 
 def run(job):
     """A specialist, played after so many minutes of training each -> its rows of the table"""
-    (method, seed, name), marks = job
+    (part, method, seed, name), marks = job
     import d3rlpy
     import torch
     torch.set_num_threads(1)
     d3rlpy.seed(seed)
-    task = data.Task(f"{DATA}/{name}")
+    task = data.Task(f"datasets/{part}/{name}")
     algo, fit = training(method, task)
     updates, trained, rows = 0, 0.0, []
     for minutes in sorted(marks):
@@ -117,7 +118,7 @@ def run(job):
             updates += CHUNK
             trained = time.monotonic() - began
         score = play(algo, {"name": name, **task.meta}, seed + 1)
-        rows.append({"method": method, "minutes": minutes, "seed": seed, "task": name,
+        rows.append({"part": part, "method": method, "minutes": minutes, "seed": seed, "task": name,
                      "seconds": round(trained, 1), "score": round(score, 4), "updates": updates})
     return rows
 
@@ -125,8 +126,8 @@ def run(job):
 def run_specialists(table, jobs, workers):
     """jobs: keys of the table's rows. Those of one specialist are one run."""
     marks = {}
-    for method, minutes, seed, task in jobs:
-        marks.setdefault((method, seed, task), []).append(minutes)
+    for part, method, minutes, seed, task in jobs:
+        marks.setdefault((part, method, seed, task), []).append(minutes)
     hours = sum(max(some) for some in marks.values()) / workers / 60
     print(f"{len(marks)} runs, {workers} at a time: about {hours:.1f} hours, and the episodes")
     with get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
@@ -136,31 +137,33 @@ def run_specialists(table, jobs, workers):
                 print(time.strftime("%H:%M"), *row.values(), flush=True)
 
 
-def run_pac(table, minutes, seed):
+def run_pac(table, part, minutes, seed):
     """PAC with `minutes` times its default's updates -> rows of the table"""
-    folder = table.runs / f"pac-{minutes}-{seed}"
+    folder = table.runs / f"{part}-pac-{minutes}-{seed}"
     steps = minutes * steps_of("small")
-    flags = ["--data", DATA, "--steps", steps, "--seed", seed, "--episodes", EPISODES]
+    flags = ["--data", f"datasets/{part}", "--steps", steps, "--seed", seed, "--episodes", EPISODES]
     summary = result_of(folder / "eval.json", ["train.py", *start_or_resume(folder, flags)])
     last = (folder / "metrics.jsonl").read_text().splitlines()[-1]
     seconds = json.loads(last)["seconds"] / len(TASKS)
-    table.append([{"method": "pac", "minutes": minutes, "seed": seed, "task": task,
-                   "seconds": round(seconds, 1), "score": round(row["score"], 4), "updates": steps}
+    about = {"part": part, "method": "pac", "minutes": minutes, "seed": seed, "updates": steps,
+             "seconds": round(seconds, 1)}
+    table.append([{**about, "task": task, "score": round(row["score"], 4)}
                   for task, row in summary["tasks"].items()])
     table.keep_config(folder)
 
 
 # ---------------------------------------------------------------- what is shown
 
-def by_time(table):
+def by_time(table, part):
     """task -> {method: {minutes: (mean, least, most) over seeds}}, of the tasks in LONG"""
     panels = {}
     for task in LONG:
         for method in (*METHODS, "pac"):
             for minutes in MINUTES:
-                matrix = table.scores((task,), task=task, method=method, minutes=minutes)
+                which = dict(task=task, part=part)
+                matrix = table.scores((task,), method=method, minutes=minutes, **which)
                 if method == "pac" and minutes == 1:
-                    matrix = study1().scores((task,), task=task, algo="pac", part="switching")
+                    matrix = study1().scores((task,), algo="pac", **which)
                 if len(matrix):
                     line = panels.setdefault(task, {}).setdefault(method, {})
                     line[f"{minutes}"] = matrix.mean(), matrix.min(), matrix.max()
@@ -169,7 +172,7 @@ def by_time(table):
 
 def show_minute(table):
     """The table and the figure of equal seconds a task."""
-    methods = table.methods("method", METHODS, minutes=1)
+    methods = table.methods("method", METHODS, minutes=1, part="switching")
     methods |= study1().methods("algo", ("pac",), part="switching")
     print_scores(methods)
     if len(methods) > 1:
@@ -182,15 +185,18 @@ def show_minute(table):
     print(f"wrote {table.figure}")
 
 
-def show_time(table):
-    """The table and the figure of scores by time, where some have had more than a minute."""
-    if all(row["minutes"] == 1 for row in table.rows()):
+def show_time(table, part):
+    """The table of scores by time, where some have had more than a minute; of `switching` with the
+    figure."""
+    if all(row["minutes"] == 1 for row in table.rows() if row["part"] == part):
         return
-    panels = by_time(table)
+    panels = by_time(table, part)
     lines = [[task, method, *(f"{line[mark][0]:.2f}" if mark in line else "" for mark in MARKS)]
              for task, methods in panels.items() for method, line in methods.items()]
-    print()
+    print(f"\n{part}\n")
     print_table(["task", "method", *(f"{mark} min" for mark in MARKS)], lines)
+    if part != "switching":
+        return
     path = table.figure.with_name("study2_time.png")
     plots.against(panels, MARKS, path, "minutes a task", "score: mean and range over seeds")
     print(f"wrote {path}")
@@ -198,27 +204,28 @@ def show_time(table):
 
 def main():
     parser = new_parser(__doc__)
+    parser.add_argument("--part", choices=PARTS, default=PARTS[0], help="default: %(default)s")
     parser.add_argument("--methods", nargs="+", choices=(*METHODS, "pac"), default=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--minutes", nargs="+", type=int, default=(1,), choices=MINUTES,
                         help="of training, a task; more than one on four of the tasks")
     args = parser.parse_args()
-    table = Table("study2", COLUMNS, ("method", "minutes", "seed", "task"), args.folder,
-                  {**NUMBERS, "minutes": int})
+    table = Table("study2", COLUMNS, COLUMNS[:5], args.folder, {**NUMBERS, "minutes": int})
     if not args.table:
-        wanted = [(method, minutes, seed, task)
+        wanted = [(args.part, method, minutes, seed, task)
                   for seed in args.seeds for method in args.methods for minutes in args.minutes
                   if (method, minutes) != ("pac", 1)  # is study 1's
                   for task in (TASKS if minutes == 1 or method == "pac" else LONG)]
         if jobs := table.missing(wanted):
-            need_data(Path(DATA))
-        budgets = dict.fromkeys(job[1:3] for job in jobs if job[0] == "pac")
+            need_data(Path("datasets", args.part))
+        budgets = dict.fromkeys((part, *rest) for part, method, *rest, _ in jobs if method == "pac")
         at_a_time(args.workers, lambda job: run_pac(table, *job), budgets)
-        if specialists := [job for job in jobs if job[0] != "pac"]:
+        if specialists := [job for job in jobs if job[1] != "pac"]:
             run_specialists(table, specialists, args.workers)
     table.need_rows()
     show_minute(table)
-    show_time(table)
+    for part in PARTS:
+        show_time(table, part)
 
 
 if __name__ == "__main__":

@@ -439,14 +439,17 @@ def test_a_specialist_is_played_at_each_mark_and_playing_takes_none_of_its_time(
         return now[0] / 10_000
 
     monkeypatch.setitem(sys.modules, "d3rlpy", types.SimpleNamespace(seed=lambda _: None))
-    monkeypatch.setattr(peers.data, "Task", lambda folder: types.SimpleNamespace(meta={}))
+    opened = []
+    monkeypatch.setattr(peers.data, "Task",
+                        lambda folder: opened.append(folder) or types.SimpleNamespace(meta={}))
     monkeypatch.setattr(peers, "training", lambda method, task: (None, fit()))
     monkeypatch.setattr(peers, "play", play)
     monkeypatch.setattr(peers.time, "monotonic", lambda: now[0])
-    rows = peers.run((("iql", 0, "Hopper-v5"), [5, 1]))
+    rows = peers.run((("beyond", "iql", 0, "Hopper-v5"), [5, 1]))
     assert [(row["minutes"], row["seconds"], row["updates"]) for row in rows] == [
         (1, 64.0, 800), (5, 304.0, 3800)]  # chunks of 100 updates, eight seconds each
-    assert rows[0]["score"] == 0.1064
+    assert rows[0]["score"] == 0.1064 and rows[0]["part"] == "beyond"
+    assert opened == ["datasets/beyond/Hopper-v5"]
 
 
 # ---------------------------------------------------------------- tables of all studies
