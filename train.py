@@ -478,6 +478,15 @@ def warnings_of(metrics):
                "the range of values): raise --alpha, or lower --n-step")
 
 
+def show(line, bar, warned):
+    """The loss beside the progress bar, and what looks unsound; warned: what was said before"""
+    numbers = {name: f"{line[name]:.3g}" for name in ("loss", "grad_norm")}
+    bar.set_postfix(numbers, refresh=False)
+    for text in set(warnings_of(line)) - warned:
+        bar.write(f"update {bar.n}: warning: {text}")
+        warned.add(text)
+
+
 def averaged(metrics, device):
     """0-d tensors -> numbers, averaged over the ranks."""
     totals = over_ranks([value.item() for value in metrics.values()], device)
@@ -545,11 +554,8 @@ def train(config, settings, sources, run, resume=None, at=None):
             bar.update()
             if logs:
                 line = averaged(metrics, learner.device)
-                shown = {name: f"{line[name]:.3g}" for name in ("loss", "grad_norm")}
-                bar.set_postfix(shown, refresh=False)
-                for text in set(warnings_of(line)) - warned:
-                    bar.write(f"update {step}: warning: {text}")
-                    warned.add(text)
+                if parallel.RANK == 0:
+                    show(line, bar, warned)
             if due(config.eval_every, step) or last:
                 learner.measure_spread(candidates)
             if due(config.eval_every, step) and not last:

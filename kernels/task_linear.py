@@ -11,11 +11,12 @@ The maps W_t stand below each other in one table. A table as high as the highest
 be mostly padding where tasks differ: six sevenths in a suite of 132.
 
 A batch has rows of every task, in any order. The kernel takes the rows as they come: y is the sum
-over tasks t of [row is of t] f W_t, so that a row passes T small products, all but one of zeros.
-That is T times the operations, and still few: at size `small` 0.1 GFLOP. In return nothing is
-sorted, nothing is counted, and the host waits for nothing. Features are made in registers, forward
-and backward, and are never in memory. In PyTorch the same is some forty launches, or a product for
-each task, whose sizes the host must know first.
+over tasks t of [row is of t] f W_t, so that a row passes a small product for each task between the
+lowest and the highest of its block, all but one of zeros. Where rows stand in the order of their
+tasks, as a Sampler's do, these are few. In return nothing is sorted, nothing is counted, and the
+host waits for nothing. Features are made in registers, forward and backward, and are never in
+memory. In PyTorch the same is some forty launches, or a product for each task, whose sizes the host
+must know first.
 """
 
 import functools
@@ -324,9 +325,9 @@ def kernel_limit(x, weight, bias):
 def task_linear(x, task, weight, bias, heights, scales, mean=None, std=None, backend=None):
     """Each row's features by its task's map; gradients reach weight and bias.
 
-    x: (B, ..., D); task: (B,) int64; weight: (sum of heights, W), the maps of the T tasks below each
-    other; bias: (T, W); heights: of each map, (1 + S) times the number of the task's scalars, which
-    stand first in x; scales: (S,); mean, std: (T, D), or None. Returns (B, ..., W).
+    x: (B, ..., D); task: (B,) int64; weight: (sum of heights, W), the maps of the T tasks below
+    each other; bias: (T, W); heights: of each map, (1 + S) times the number of the task's scalars,
+    which stand first in x; scales: (S,); mean, std: (T, D), or None. Returns (B, ..., W).
     backend: as in attention().
     """
     heights = tuple(heights)
