@@ -19,7 +19,8 @@ from studies.runs import (BY_RETURN, OTHER_ACTS, Table, add_choices, at_a_time, 
 ALGOS = ("bc", "filtered_bc", "rwr", "bc_q", "one_step", "pac_paper", "pacv", "pac")
 # First those that take all of the data alike, then those that choose or weigh it.
 SHOWN = ("bc", "bc-sharpened", "bc_q-improved", "pac_paper", "filtered_bc",
-         "filtered_bc-sharpened", "rwr", "rwr-sharpened", "one_step", "pacv", "pac")
+         "filtered_bc-sharpened", "rwr", "rwr-sharpened", "one_step", "pacv", "pacv-sharpened",
+         "pac")
 
 # The parts of the default data; and tasks that no choice of the recipe has seen, with data that is
 # made as `switching` is. One of them has a sparse reward.

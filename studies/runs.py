@@ -39,7 +39,7 @@ BY_RETURN = ("rwr_return", "one_step_return", "pacv_return", "pac_return")  # --
 # Played too. pi_imp is made of draws from the sharpened policy: what of its lead is Q, what is
 # the sharpening? A clone acts by that as well.
 OTHER_ACTS = {"bc": "sharpened", "filtered_bc": "sharpened", "rwr": "sharpened",
-              "bc_q": "improved"}
+              "pacv": "sharpened", "bc_q": "improved"}
 
 
 # ---------------------------------------------------------------- tables
