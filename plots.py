@@ -62,6 +62,7 @@ PANELS = {  # of a run's curve: the axis' label, and the metrics shown
     "entropy (nats a dimension), ESS": ["policy/entropy", "policy/ess"],
 }
 SCORE = "normalised score (0: uniform random policy, 1: expert)"
+NAMED = 20  # tasks in a legend; more would leave no room for the panels
 
 
 def save(figure, path):
@@ -123,11 +124,12 @@ def draw_scores(ax, lines, evaluation, steps):
     steps = int(final.get("checkpoint", steps))  # that it is of
     for number, name in enumerate(sorted(names)):
         task = name.removeprefix("eval/").removesuffix(f"/{what}")
+        named = task if len(names) <= NAMED else None
         marker, color = MARKERS[number % len(MARKERS)], plt.cm.tab10(number % 10)
         style = dict(marker=marker, markersize=4, color=color)
-        draw_metric(ax, lines, name, task, **style)
+        draw_metric(ax, lines, name, named, **style)
         if task in final["tasks"]:
-            label = None if any(name in line for line in lines) else task
+            label = None if any(name in line for line in lines) else named
             ax.plot(steps, final["tasks"][task][what], label=label, **style | {"markersize": 7})
     draw_metric(ax, lines, "eval/iqm", "IQM", color="black", linewidth=2.5, marker=".")
     if final.get("iqm") is not None:

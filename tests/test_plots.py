@@ -151,6 +151,19 @@ def test_a_curve_without_evaluations_on_the_way_shows_the_scores_at_the_end(tmp_
     assert points[0] == ("a", 600, 0.4) and points[1][1:] == (600, 0.4) and len(points) == 2
 
 
+@pytest.mark.parametrize("count, named", [(20, 20), (132, 0)])
+def test_a_legend_of_many_tasks_leaves_the_panels_their_room(tmp_path, count, named):
+    """That of 132 tasks was taller than the figure, and the panels had shrunk to nothing."""
+    tasks = {f"task-{k}": {"score": 0.4, "return": 9.0} for k in range(count)}
+    (tmp_path / "eval.json").write_text(json.dumps({"tasks": tasks, "iqm": 0.4}))
+    lines = [{"update": 5, **{f"eval/{name}/score": 0.1 for name in tasks}, "eval/iqm": 0.2}]
+    figure, ax = plt.subplots()
+    plots.draw_scores(ax, lines, tmp_path / "eval.json", 600)
+    labels = ax.get_legend_handles_labels()[1]
+    plt.close(figure)
+    assert len(labels) == named + 1 and labels[-1] == "IQM"
+
+
 @pytest.mark.parametrize("values, seen", [
     ([0.3], [0.3]), ([None, 0.3], [0.3]), ([0.3, 0.5], [])])
 def test_a_single_logged_number_is_seen(values, seen):
