@@ -183,6 +183,17 @@ def measured(task):
     return {row["level"]: row for row in read("suite_levels.csv") if row["task"] == task}
 
 
+def reference(task):
+    """The returns that score 0 and 1: of uniform actions and of the best level. None if they lie
+    within two standard errors of each other, for a score would then be noise."""
+    if TABLE[task].behavior == "levels":
+        return collect.reference(task)
+    rows = [measured(task)[level] for level in ("random", "expert")]
+    low, high = (float(row["mean_return"]) for row in rows)
+    variance = sum(float(row["std_return"]) ** 2 / int(row["episodes"]) for row in rows)
+    return {"random": low, "expert": high} if high > low + 2 * variance**0.5 else None
+
+
 def sub_optimal(task):
     """Whether the best level of a task is no expert: what it reaches is less than expert_from."""
     row, best = TABLE[task], measured(task)["expert"]
@@ -237,12 +248,8 @@ def describe(task, discount):
     """The meta of a task before its first episode."""
     if TABLE[task].behavior == "levels":
         return collect.describe(task, discount)
-    rows = measured(task)
-    reference = {level: float(rows[level]["mean_return"]) for level in ("random", "expert")}
-    if reference["expert"] <= reference["random"]:  # nothing better was found: returns, no scores
-        reference = None
     meta = envs.describe(instruction=TABLE[task].instruction, discount=discount,
-                         reference=reference, **environment(task))
+                         reference=reference(task), **environment(task))
     meta |= {"embodiment": embodiment(task), "paraphrases": paraphrases(task)}
     return {**meta, "sub_optimal": True} if sub_optimal(task) else meta
 

@@ -93,9 +93,10 @@ def by_task(rows, algo):
 def show(table):
     """A table of each group after so many updates; and where its tasks are of several domains, one
     of each domain."""
-    for group, updates in dict.fromkeys((row["domain"], row["updates"]) for row in table.rows()):
-        rows = [row for row in table.rows()
-                if (row["domain"], row["updates"]) == (group, updates)]
+    scored = {task for task in suite.TABLE if suite.reference(task)}
+    all_rows = [row for row in table.rows() if row["task"] in scored]
+    for group, updates in dict.fromkeys((row["domain"], row["updates"]) for row in all_rows):
+        rows = [row for row in all_rows if (row["domain"], row["updates"]) == (group, updates)]
         title = f"{group}, {updates:,} updates"
         show_rows(title, rows)
         domains = [suite.TABLE[row["task"]].domain for row in rows]

@@ -247,14 +247,18 @@ def test_a_task_with_levels_of_its_own_is_the_same_in_the_suite(tmp_path, name):
     assert one.meta == two.meta
 
 
-@pytest.mark.parametrize("random, best, reference, sub_optimal", [
-    ("3", "3", None, True),  # nothing better than random was found: there are no scores
-    ("3", "2900", {"random": 3, "expert": 2900}, True),
-    ("3", "3100", {"random": 3, "expert": 3100}, None),
+@pytest.mark.parametrize("random, best, std, reference, sub_optimal", [
+    (3, 3, 0, None, True),  # nothing better than random was found: there are no scores
+    (3, 2900, 0, {"random": 3, "expert": 2900}, True),
+    (3, 3100, 0, {"random": 3, "expert": 3100}, None),
+    (3, 3100, 2440, {"random": 3, "expert": 3100}, None),  # 3097 is 2.007 of sqrt(2 std² / 5)
+    (3, 3100, 2450, None, None),  # or is it luck?
+    (0, 4e-56, 9e-56, None, True),  # a score of 1e51 is none
 ])
-def test_what_is_no_expert_is_marked(monkeypatch, random, best, reference, sub_optimal):
-    rows = {level: {"mean_return": best, "success": ""} for level in LEVELS}
-    rows["random"] = {"mean_return": random}
+def test_what_is_no_expert_is_marked(monkeypatch, random, best, std, reference, sub_optimal):
+    row = {"mean_return": str(best), "std_return": str(std), "episodes": "5", "success": ""}
+    rows = {level: row for level in LEVELS}
+    rows["random"] = {**row, "mean_return": str(random)}
     monkeypatch.setattr(suite, "measured", lambda task: rows)
     meta = suite.describe("Ant-v5", 0.99)
     assert meta["reference"] == reference
