@@ -241,7 +241,7 @@ def drop(path, partial):
 
 def set_aside(run, at):
     """Move the checkpoints after update `at`, which the run goes back to, to a run's folder of
-    their own, with what is of their model: the evaluations and the curve; and copy the log."""
+    their own, with what is of their model: evaluations, curve and figures; and copy the log."""
     newer = [path for path in checkpoints(run) if int(path.name) > at]
     if not newer:
         return
@@ -253,7 +253,7 @@ def set_aside(run, at):
         if (run / name).exists():
             shutil.copy(run / name, aside)
     # Before the checkpoints: a kill between leaves some of these, and --at goes on from there.
-    for path in (*run.glob("eval*.json"), *run.glob("curve.png")):
+    for path in (*run.glob("eval*.json"), *run.glob("curve.png"), *run.glob("figures")):
         path.rename(aside / path.name)
     for path in newer:
         path.rename(aside / "checkpoints" / path.name)

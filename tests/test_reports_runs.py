@@ -654,8 +654,12 @@ def test_at_sets_the_evaluations_of_the_newer_branch_aside(tmp_path, oddity):
     for flags in (["--episodes", 4], ["--episodes", 2], ["--episodes", 1, "--act", "mode"]):
         assert score(out, *flags) == 0
     (out / "curve.png").write_text("the curve")
-    before = {path.name: path.read_text() for path in (*out.glob("eval*"), out / "curve.png")}
-    assert len(before) == 4
+    (out / "figures/a").mkdir(parents=True)
+    (out / "figures/a/q.png").write_text("its Q")
+    drawn = ("curve.png", "figures/a/q.png")
+    before = {name: (out / name).read_text()
+              for name in (*drawn, *(path.name for path in out.glob("eval*")))}
+    assert len(before) == 5
     train.main(["--resume", str(out), "--at", "4"])  # the newest: nothing is set aside
     assert {name: (out / name).read_text() for name in before} == before
     train.main(["--resume", str(out), "--at", "2"])
