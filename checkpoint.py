@@ -65,9 +65,11 @@ def from_config(kind, values, run):
     """The dataclass `kind` of what config.json holds; RunError names a key of another version."""
     known = {field.name for field in fields(kind)}
     for key in sorted(known ^ set(values)):
-        what = "lacks" if key in known else "has"
+        what, more = "has", ""
+        if key in known:  # a setting of one's own, say, that is newer than the run
+            what, more = "lacks", f". If the default of {key} changes nothing, write it in"
         raise RunError(f"{run}/config.json {what} {key!r}: another version of this code made it; "
-                       "use that, or train it again")
+                       f"use that, or train it again{more}")
     return kind(**values)
 
 

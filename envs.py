@@ -139,6 +139,8 @@ def advice(env_id, error):
         if ":" not in env_id:
             return f"; if a package registers it, name that too: --env-id package:{env_id}"
     if isinstance(error, ModuleNotFoundError):
+        if error.name == env_id.partition(":")[0]:  # one's own, and on PyPI perhaps a stranger's
+            return f"; install {error.name}, or put the folder that it is in on PYTHONPATH"
         return f"; `pip install {error.name.replace('_', '-')}`"
     if isinstance(error, TypeError):
         return "; a constructor's arguments are given as --env-args '{\"name\": \"value\"}'"

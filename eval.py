@@ -205,7 +205,8 @@ def iqm(scores):
 
 
 def interval(samples, statistic, resamples=2000, seed=0):
-    """95% percentile-bootstrap interval of statistic(list of arrays), each resampled by itself."""
+    """95% percentile-bootstrap interval of statistic(list of arrays), each resampled by itself ->
+    [low, high], plain numbers"""
     rng = np.random.default_rng(seed)
     values = [statistic([rng.choice(x, len(x)) for x in samples]) for _ in range(resamples)]
     return [float(v) for v in np.percentile(values, [2.5, 97.5])]
@@ -303,9 +304,9 @@ def compare(summaries, path):
 
     summaries: by the runs' folders
     """
-    rows = [row for summary in summaries.values() for row in summary["tasks"].items()]
-    names, what = list(dict.fromkeys(name for name, _ in rows)), "score"
-    if all(row["score"] is None for _, row in rows):
+    found = [row for summary in summaries.values() for row in summary["tasks"].items()]
+    names, what = list(dict.fromkeys(name for name, _ in found)), "score"
+    if all(row["score"] is None for _, row in found):
         what = "return"
     methods = {}
     for run, summary in summaries.items():
@@ -321,6 +322,9 @@ def compare(summaries, path):
     if what == "score":
         same = len({tuple(summary["tasks"]) for summary in summaries.values()}) == 1
         names.append("IQM over tasks" if same else "IQM over a run's own tasks")
+    rows = [row for row in zip(names, *methods.values()) if any(row[1:])]  # with any number
+    names, *columns = zip(*rows) if rows else ((),)
+    methods = dict(zip(methods, columns))
     if methods:
         label = plots.SCORE if what == "score" else "return"
         plots.compare(methods, names, path, f"{what}s with 95% intervals", label=label)
@@ -415,6 +419,9 @@ def evaluate_run(run, args):
                 model.set_instruction(index, args.instruction)
         except ValueError as error:
             raise RunError(f"--instruction: {error}") from None
+    if args.video:
+        for meta in filter(None, metas):
+            check_film(meta)
     first = None
     if args.record:
         first = [recorded(args.record, meta) if meta else None for meta in metas]
@@ -432,6 +439,17 @@ def evaluate_run(run, args):
         envs.write_video(args.video, [frame for play in plays for frame in play.frames])
         print(f"wrote {args.video}")
     return summary
+
+
+def check_film(meta):
+    """RunError, before an episode is played, if a task's environment cannot be filmed."""
+    try:
+        env = envs.make(meta, True)
+        env.reset(seed=0)
+        envs.picture(env, meta.get("frame"))
+        env.close()
+    except Exception as error:  # an environment may raise anything
+        raise RunError(f"{meta['name']} cannot be filmed: {envs.in_a_line(error)}") from None
 
 
 def recorded(folder, meta):

@@ -60,6 +60,7 @@ ALGORITHMS = {
     "pacv": dict(critic="v", alpha=0.2, eta=1.0, act="mean"),
     "pac": dict(),
 }
+CRITICS = ("q", "v")  # what `improve` knows
 RENAMED = {"fc": "filtered_bc", "bcq": "bc_q"}  # bcq is Batch-Constrained Q-learning to this field
 
 
@@ -186,6 +187,8 @@ class Learner:
     """
 
     def __init__(self, config, settings, metas, total_updates, device="cpu", seed=0, accumulate=1):
+        if settings.critic not in CRITICS:  # a typing error, or what another version had
+            raise ValueError(f"no critic {settings.critic!r}: there are {', '.join(CRITICS)}")
         self.settings, self.total_updates = settings, total_updates
         self.device, self.accumulate, self.updates = torch.device(device), accumulate, 0
         self.waits = self.device.type != "cuda"  # may the host read a result in every update?
@@ -338,7 +341,8 @@ class Learner:
             "policy/q_spread": target.q_spread[task].mean()}
 
     def improve_on_data(self, batch, clone, shift, bootstrap):
-        """L^V: pi_imp ∝ b exp(A / eta), A = r + discount V(s') - V(s): the data's actions count."""
+        """L^V: pi_imp ∝ b exp(A / eta), A = r + discount V(s') - V(s): the data's actions count. ->
+        the improvement term (B,), the next value's distribution (B, M), and metrics"""
         target, task = self.target_model, batch.task
         with torch.no_grad():  # everything that the target model says
             now, after = target.v(target.encode(*self.now_and_after(batch))).chunk(2)  # (B, M) each

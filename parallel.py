@@ -325,6 +325,6 @@ def report(learner, batch_size, accumulate=1, recompute=False, shard=False):
         row = "".join(f"{size / 1e9:>12.3f}" for size in share)
         for peak, capacity in GPUS.values():
             seconds = flops / (gpus * SPEED * peak)
-            row += f"{seconds:>12.4f}" if share[-1] < capacity else f"{'-':>12}"
+            row += f"{seconds:>12.3g}" if share[-1] < capacity else f"{'-':>12}"
         lines.append(f"{gpus:>4}{batch_size // gpus:>6}{row}")
     return "\n".join(lines)

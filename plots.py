@@ -545,7 +545,7 @@ def lecture(scene):
     """Yield the names and figures of a scene; what the run has no critic for is left out."""
     settings = scene.config["settings"]
     has_value = settings["beta"] > 0
-    has_q = has_value and settings["critic"] == "q"
+    has_q = has_value and settings["critic"] != "v"
     if has_q:
         yield "q", q_figure(scene)
         yield "weights", weights_figure(scene)

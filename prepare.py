@@ -449,6 +449,10 @@ def run_import(args):
         tally = append(partial, episodes, meta, args.source, args.skip_bad)
         for what, (count, first) in reading.notes.items():
             notice(f"{args.source}: {count:,} {what}; the first: {first}")
+        long = Task(partial).episodes["length"] > (reading.longest or np.inf)
+        if long.any():
+            notice(f"{args.source}: {long.sum():,} episode(s) are longer than the environment's "
+                   f"{reading.longest:,} steps: are some of them joined?")
         report(Task(partial), tally, args)
     print(f"wrote {args.out / name}")
 

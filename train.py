@@ -16,6 +16,7 @@ second signal, some seconds later, ends at once.
 """
 
 import argparse
+import ast
 import math
 import re
 import signal
@@ -96,17 +97,23 @@ def fields_of(file, name):
     answered at once. Besides, the comments are the flags' help.
     """
     body = re.search(rf"class {name}:\n(.*?)\n\n\n", source_of(file), re.S)[1]
-    fields = re.findall(r"^    (\w+): (\S+) = (.+?)(?:  # (.+))?$", body, re.M)
-    for field, _, _, comment in fields:
-        if not comment:
-            sys.exit(f"{file}: {name}.{field} has no comment, which is to be its flag's help")
+    fields = re.findall(r"^    (\w+): (.+?) = (.+?)(?:  # (.+))?$", body, re.M)
+    for field, kind, _, comment in fields:
+        if not comment or re.sub(r"^list\[(.+)]$", r"\1", kind) not in (*TYPES, "bool"):
+            sys.exit(f"{file}: {name}.{field} is to be a flag, so it needs a comment, its help, and "
+                     f"a type of {', '.join(TYPES)}, bool, or a list of these")
     return fields
 
 
 def names_of(file, table):
-    """The keys of a table, as they stand in a file, with their values where these are words."""
-    body = re.search(rf"^{table} = {{(.*?)}}$", source_of(file), re.S | re.M)[1]
-    return dict(re.findall(r'"(\w+)": ?(?:"(\w+)")?', body))
+    """The names in a table, a dict or a tuple, as it stands in a file; of a dict with their values
+    where these are words."""
+    for node in ast.parse(source_of(file)).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == table:
+            if isinstance(node.value, ast.Tuple):
+                return ast.literal_eval(node.value)
+            return {key.value: getattr(value, "value", None)
+                    for key, value in zip(node.value.keys, node.value.values)}
 
 
 def algorithm(name):
@@ -175,7 +182,7 @@ def parse_args(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     choices = {"size": names_of("model.py", "SIZES"), "algo": names_of("learner.py", "ALGORITHMS"),
                "log": names_of("checkpoint.py", "LOGGERS"), "act": names_of("eval.py", "ACTS"),
-               "device": ("cpu", "cuda"), "critic": ("q", "v"),
+               "device": ("cpu", "cuda"), "critic": names_of("learner.py", "CRITICS"),
                "merit": names_of("data.py", "MERITS")}
     add_flags(parser.add_argument_group("the run"), fields_of("train.py", "TrainConfig"), choices)
     more = parser.add_argument_group("instead of a new run")
@@ -211,6 +218,7 @@ import numpy as np
 import torch
 
 import data
+import envs
 import parallel
 import prepare
 from checkpoint import (FORMAT, Log, RunError, check_device, checkpoints, find_checkpoint,
@@ -336,6 +344,18 @@ def open_data(config):
     over_ranks([0], config.device)  # the others wait for rank 0
     verify = config.verify and parallel.RANK == 0
     return prepare.open_sources(config.data, config.tasks, config.weights, config.alphas, verify)
+
+
+def tell_of_missing(metas):
+    """A line on the tasks whose environments are not to be had here: they get no scores."""
+    missing = {}
+    for meta in metas:
+        try:
+            envs.registered(meta["env_id"])
+        except Exception as error:  # an import may raise anything
+            missing.setdefault(envs.in_a_line(error), []).append(meta["name"])
+    for why, names in missing.items():
+        data.notice(f"no environment here for {', '.join(names)}, so no scores: {why}")
 
 
 def model_config(config, metas):
@@ -522,6 +542,8 @@ def train(config, settings, sources, run, resume=None, at=None):
     parallel.set_up(config.threads, config.deterministic)
     metas = prepare.merged_metas(sources["tasks"])
     check_tasks(config, settings, metas)
+    if parallel.RANK == 0 and (config.episodes or config.eval_every):
+        tell_of_missing(metas)
     graph = by_graph(config, metas)
     learner = start(config, settings, metas, sources)
     begin(config, settings, sources, metas, learner, run, resume, at)

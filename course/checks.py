@@ -221,6 +221,12 @@ def log_prob(function):
     expect(function(states(one, absent), torch.tensor([[[-0.5, 0.5]], [[0.3, 0.9]]])),
            np.log([[0.4], [0.3]]), "two states, each with a policy of its own")
     one.log_bins.requires_grad_()
+    four = mixture((1.0, [[0.1, 0.2, 0.3, 0.4]]))
+    expect(function(four, torch.tensor([[[-0.6], [-0.4], [0.6]]])), np.log([[0.1, 0.2, 0.4]]),
+           "four bins of a width of 0.5, and actions that are not at their centres")
+    rare = mixture((1.0, [[1.0, 1e-27], [1.0, 1e-27]]))
+    expect(function(rare, torch.tensor([[[0.5, 0.5]]])), [[2 * math.log(1e-27)]],
+           "an action so rare that its probability is 0 in float32")
     expect_gradient(function(one, actions[:, :1]), one.log_bins, [[[[1, 0], [0, 1]]]],
                     "the policy from an action's log-probability")
 
@@ -244,7 +250,10 @@ def sample(function):
     together = ((actions[0, :, 0] > 0.5) & (actions[0, :, 1] > 0.5)).double().mean()
     about(together, 0.06, "dimensions of one component are to be drawn independently")
     low, high = [[1.0, 0.0], [1.0, 0.0]], [[0.0, 1.0], [0.0, 1.0]]
-    actions = function(mixture((0.25, low), (0.75, high)), seeded(1, count, 3))[0] > 0
+    both = mixture((0.25, low), (0.75, high))
+    expect(function(both, noise[:, :50]), function(both, noise[:, :50]),
+           "two components: the same noise gives other actions")
+    actions = function(both, seeded(1, count, 3))[0] > 0
     about((actions[:, 0] != actions[:, 1]).double().mean(), 0.0,
           "actions that no component would ever make")
     about(actions[:, 0].double().mean(), 0.75, "how often the heavier component is drawn")
@@ -352,15 +361,16 @@ def improve_on_data(function):
     """Against w * clone, with the advantage worked out here."""
     metas = [dict(name=name, instruction="go", obs_dim=2, action_dim=1, discount=0.5,
                   return_to_go=[0.0, 1.0]) for name in "ab"]
-    settings = settings_for("pacv", eta=0.5, n_step=1)
+    settings = settings_for("pacv", eta=0.5, n_step=2)
     learner = Learner(config_for("tiny", metas), settings, metas, 10)
     with torch.no_grad():  # a trained critic tells states apart, and theta' lags behind theta
         learner.target_model.v_head[-1].weight.mul_(20)
         learner.model.v_head[-1].weight.mul_(-20)
-    rows = seeded(8, 2, 6)
+    rows = seeded(8, 3, 6)
     rows[..., FLAG] = 0
-    rows[:, 1, FLAG] = FINAL_OBS
-    rows[3, 0, FLAG] = TERMINATED
+    rows[:, 2, FLAG] = FINAL_OBS
+    rows[3, 0, FLAG], rows[3, 1:, FLAG] = TERMINATED, FINAL_OBS
+    rows[3, 1, REWARD] = 0
     batch = Batch(rows, 2, torch.tensor([0, 1] * 4))
     reward, bootstrap = n_step_return(batch, learner.discount[batch.task])
     shift = (reward - (1 - bootstrap) * learner.low[batch.task]) / learner.range[batch.task]
@@ -370,12 +380,12 @@ def improve_on_data(function):
         raise Wrong("a type: the term, the next value's distribution and metrics are returned")
     target = learner.target_model
     with torch.no_grad():
-        v_now, v_after = (target.v(target.encode(obs[:, 0], batch.task))
-                          for obs in (batch.obs, batch.next_obs))
+        v_now, v_after = (target.v(target.encode(obs, batch.task))
+                          for obs in (batch.obs[:, 0], batch.next_obs[:, -1]))
     now, after = target.expectation(v_now), target.expectation(v_after)
     advantage = shift + bootstrap * after - now
     w = data_weights(advantage, batch.task, 2, 1 / settings.eta)
-    expect(got[1], torch.softmax(v_after, -1), "the next states' distribution of values")
+    expect(got[1], torch.softmax(v_after, -1), "the distribution of values n steps on")
     expect(got[0], w * clone.detach(), "the cloning of each row, weighted by how good it was")
     grads = torch.autograd.grad(got[0].sum(), clone)[0]
     expect(grads, w, "what reaches the policy of each row", "a gradient")
@@ -388,6 +398,7 @@ def interquartile_mean(function):
     expect(function([0, 1, 2, 3, 4, 5, 6, 100]), 3.5, "eight scores, of which one is an outlier")
     expect(function([100, 4, 1, 0, 2, 9, 3]), 19 / 5, "seven scores, which do not come in order")
     expect(function([0, 0, 1, 2, 6, 9]), 9 / 4, "six scores: a quarter of six is no whole number")
+    expect(function([1.0, 4.0]), 2.5, "two scores, of which none is cut off")
     expect(function(np.array([[0.0, 9.0, 1.0], [2.0, 7.0, -50.0]])), 10 / 4,
            "scores of two seeds and three tasks")
 
@@ -400,6 +411,8 @@ def bootstrap_interval(function):
     rng = np.random.default_rng(0)
     got = function([np.full(10, 7.0)], mean)
     expect(got, [7, 7], "the interval of ten equal numbers")
+    if not isinstance(got, (list, tuple)):
+        raise Wrong(f"a type: {type(got).__name__}, and JSON writes lists of numbers alone")
     sample = rng.normal(3, 1, 400)
     low, high = function([sample], mean)
     expect(function([sample], mean), [low, high], "the same interval, asked for twice")
@@ -414,6 +427,12 @@ def bootstrap_interval(function):
     if low < 0 or high < 12:
         raise Wrong("an end: the mean of nineteen zeros and a hundred cannot be below 0, and can "
                     "well be above 12")
+    low, high = function([sample, sample], lambda both: both[1].mean() - both[0].mean())
+    if not low < 0 < high:
+        raise Wrong("a width: two groups of the same numbers, each drawn again by itself, differ")
+    low, high = function([sample], mean, 1)
+    if low != high:
+        raise Wrong("a width: one resample has one mean, so both ends are that")
     apart = [np.zeros(50), np.full(50, 10.0)]
     low, high = function(apart, lambda samples: samples[1].mean() - samples[0].mean())
     expect([low, high], [10, 10], "two groups, within each of which all numbers are equal: drawn "

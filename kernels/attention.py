@@ -117,6 +117,8 @@ def forward_kernel(
     num_heads, len_q, len_k, scale,
     HAS_MASK: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """A program owns BLOCK_Q queries of one head, and walks over the keys. out (B, Lq, H, D); lse
+    (B, H, Lq): log2 of the sum of exp(score), by which the backward pass makes weights again."""
     num_tiles = tl.cdiv(len_q, BLOCK_Q)
     head = (tl.program_id(0) // num_tiles).to(tl.int64)  # 64 bits: offsets can pass 2 ** 31
     b, h = head // num_heads, head % num_heads

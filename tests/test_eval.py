@@ -435,6 +435,28 @@ def test_comparison_figure(trained, original, tmp_path):
     assert path.stat().st_size > 5_000
 
 
+def test_a_figure_has_no_row_without_a_number(monkeypatch):
+    shown = []
+    monkeypatch.setattr(plots, "compare", lambda methods, names, *_, **__:
+                        shown.append((names, methods)))
+    row = {"score": 0.5, "interval": None, "return": 1.0}
+    other = {"score": None, "interval": None, "return": 2.0}
+    about = {"iqm": 0.5, "interval": None}
+    evaluation.compare({"a": {"tasks": {"x": row, "y": other}, **about},
+                        "b": {"tasks": {"x": row, "y": other}, **about}}, "figure.png")
+    names, methods = shown[0]
+    assert list(names) == ["x", "IQM over tasks"]
+    assert {name: len(points) for name, points in methods.items()} == {"a": 2, "b": 2}
+
+
+def test_what_cannot_be_filmed_is_said_before_an_episode_is_played(trained, tmp_path, monkeypatch,
+                                                                  capsys):
+    monkeypatch.setattr(envs, "picture", lambda *_: crash())
+    monkeypatch.setattr(evaluation, "rollout", None)
+    ends_with(2, trained, "--tasks", REACHER, "--video", tmp_path / "film.gif")
+    assert f"{REACHER} cannot be filmed: ValueError: the simulation" in capsys.readouterr().err
+
+
 def test_the_legend_names_runs_that_begin_with_an_underline(trained, tmp_path, monkeypatch):
     """matplotlib hides what begins so."""
     monkeypatch.chdir(tmp_path)

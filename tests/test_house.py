@@ -51,7 +51,8 @@ def modules_of(root):
     """{name: path} of the repository's modules; a package's own name stands for its __init__.py."""
     paths = [path for path in root.glob("*.py") if path.stem in MODULES]
     for package in PACKAGES:
-        paths += (root / package).rglob("*.py")
+        paths += [path for path in (root / package).rglob("*.py")
+                  if path.parent.name != "answers"]  # a student's, which course.blank keeps
     modules = {}
     for path in paths:
         parts = path.relative_to(root).with_suffix("").parts

@@ -55,6 +55,15 @@ def refused(capsys, *flags, env_id=ODD, source="walks", message=""):
     assert not data.Path("own").exists()
 
 
+@pytest.mark.parametrize("steps, said", [(20, False), (21, True)])
+def test_episodes_longer_than_the_environment_has_are_counted(capsys, steps, said):
+    """Two that were joined, say: the step between them is none."""
+    walks(steps=steps)
+    imported("--max-episode-steps", 20)
+    line = "6 episode(s) are longer than the environment's 20 steps: are some of them joined?"
+    assert (line in capsys.readouterr().err) == said
+
+
 def length_of(env):
     """How many steps an episode takes of random actions."""
     env.reset(seed=0)
@@ -206,6 +215,7 @@ def test_arguments_and_limits_are_those_that_were_given(env_id, flags, steps):
     ("tests.nowhere:Odd-v0", [], "No module named 'tests.nowhere'"),
     ("Nowhere-v0", [], "--env-id package:Nowhere-v0"),
     ("Meta-World/MT1", [], "`pip install metaworld`"),
+    ("mine_alone:Own-v0", [], "install mine_alone, or put the folder that it is in on PYTHONPATH"),
     ("FrozenLake-v1", [], "its observations are Discrete"),
     ("tests.odd:Unbounded-v0", [], "its actions have no bounds"),
     ("tests.odd:Whole-v0", [], r"its actions are Box\(-1, 1, \(2,\), int64\), whole"),

@@ -18,7 +18,7 @@ import checkpoint
 import train
 from checkpoint import LOGGERS, find_checkpoint, read_config
 from data import MERITS, append
-from learner import ALGORITHMS, RENAMED, LossSettings, settings_for
+from learner import ALGORITHMS, CRITICS, RENAMED, LossSettings, settings_for
 from model import SIZES
 from tests.conftest import numbered, task_meta
 
@@ -78,9 +78,19 @@ def test_a_setting_of_ones_own_is_a_flag_if_it_has_a_comment(monkeypatch):
     assert train.parse_args(["--rho", "-2.5"]).loss == {"rho": -2.5}
     with pytest.raises(SystemExit):
         train.parse_args(["--rho", "inf"])
-    with_setting("rho: float = 0.7")
-    with pytest.raises(SystemExit, match="LossSettings.rho has no comment"):
-        train.parse_args([])
+    for line in ("rho: float = 0.7", "rho: float | None = None  # of mine",
+                 "rho: Optional[float] = None  # of mine", "rho: dict = None  # of mine"):
+        with_setting(line)
+        with pytest.raises(SystemExit, match="LossSettings.rho is to be a flag, so it needs"):
+            train.parse_args([])
+
+
+def test_a_name_of_ones_own_is_a_choice_whatever_its_letters(monkeypatch):
+    source = (ROOT / "learner.py").read_text()
+    text = source.replace('    "pac": dict(),', '    "pac": dict(),\n    "crr-b+": {"critic": "q"},')
+    monkeypatch.setattr(train, "source_of", lambda file: text)
+    names = train.names_of("learner.py", "ALGORITHMS")
+    assert list(names) == [*ALGORITHMS, "crr-b+"]
 
 
 @pytest.mark.parametrize("command", ["train.py", "eval.py", "prepare.py"])
@@ -98,6 +108,7 @@ def test_the_names_read_as_text_are_the_tables_keys():
     assert list(train.names_of("checkpoint.py", "LOGGERS")) == list(LOGGERS)
     assert list(train.names_of("data.py", "MERITS")) == list(MERITS)
     assert train.names_of("learner.py", "RENAMED") == RENAMED
+    assert train.names_of("learner.py", "CRITICS") == CRITICS
 
 
 def test_flags_set_their_own_fields():
@@ -288,6 +299,33 @@ def test_a_run_that_weighs_its_data_in_a_way_that_is_no_more_is_refused(capsys, 
     (done / "config.json").write_text(json.dumps(config))
     assert f"{done} weighs its data by advantage, which is no more" in refused(
         capsys, "--resume", done)
+
+
+def test_a_critic_that_is_no_more_is_refused(capsys, done):
+    """As after a diff that added one was taken back: the run went on by PAC's loss."""
+    config = read_config(done)
+    config["settings"]["critic"] = "awac"
+    (done / "config.json").write_text(json.dumps(config))
+    assert "no critic 'awac': there are q, v" in refused(capsys, "--resume", done, "--steps", 12)
+
+
+def test_a_task_whose_environment_is_not_here_is_named_before_training(capsys, small_data,
+                                                                      tmp_path, monkeypatch):
+    known = train.envs.registered
+
+    def missing(env_id):
+        if env_id == "Hopper-v5":
+            raise ModuleNotFoundError("No module named 'hopping'")
+        return known(env_id)
+
+    monkeypatch.setattr(train.envs, "registered", missing)
+    run(small_data, tmp_path / "run", steps=2)  # its episodes are none
+    assert "no environment here" not in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(small_data, tmp_path / "other", "--episodes", "1", steps=2)
+    err = capsys.readouterr().err
+    assert "no environment here for Hopper-v5, so no scores: ModuleNotFoundError: No mod" in err
+    assert err.index("no environment here") < err.index("train:")
 
 
 def test_a_merit_without_weights_is_refused_if_asked_for(capsys, new, small_data, tmp_path):
