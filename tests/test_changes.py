@@ -48,8 +48,11 @@ def test_a_change_is_short(path):
 
 
 def test_a_loss_term(changed, small_data):
-    line = trained(*changed("awac"), small_data, "--tasks", "Reacher-v5", "--algo", "awac")
+    folder, run = changed("awac")
+    line = trained(folder, run, small_data, "--tasks", "Reacher-v5", "--algo", "awac")
     assert np.isfinite(line["loss"]) and "critic/loss" in line
+    run("-c", f"import plots; scene = plots.Scene('run', 'Reacher-v5', '{small_data}', None, 5); "
+        "assert next(plots.lecture(scene))[0] == 'q'")  # it has a Q, whatever its name is
 
 
 def test_an_encoder(changed, small_data):

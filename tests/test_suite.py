@@ -346,6 +346,8 @@ def test_the_study_counts_the_tasks_where_one_is_above_another(tmp_path, capsys)
                            "updates": 6000, "episodes": 1, "score": score, "success": success}])
     table.append([{"domain": "all", "task": tasks[0], "algo": "rwr", "seed": 0, "updates": 15000,
                    "episodes": 1, "score": 0.5, "success": ""}])  # is compared with no other
+    table.append([{"domain": "all", "task": "dm-point_mass-hard", "algo": "pac", "seed": 0,
+                   "updates": 6000, "episodes": 1, "score": 1e51, "success": ""}])  # has none now
     show(table)
     said = capsys.readouterr().out
     assert "| bc | 1 | 3 | 0.400 | 50% | 0 of 3 | 1 | 0 of 0 | 1 |" in said
