@@ -8,9 +8,9 @@
     python -m studies.peers --table          no runs: tables and figures from results/study2.csv
 
 TD3+BC, IQL and AWAC as d3rlpy's own reproductions set them, on the data that PAC's run trained on,
-`switching` or `beyond`. A specialist trains on one thread, for minutes that are counted without loading and
-playing. PAC's own budget, 10,000 updates, is less than a minute a task on an undisturbed thread;
-with that its scores are those of results/study1.csv.
+`switching` or `beyond`. A specialist trains on one thread, for minutes that are counted without
+loading and playing. PAC's own budget, 10,000 updates, is less than a minute a task on an
+undisturbed thread; with that its scores are those of results/study1.csv.
 """
 
 import json
