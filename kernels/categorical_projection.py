@@ -60,7 +60,7 @@ def bellman_target(next_probs, shift, scale, returns, mc_share):
 
 
 def bellman_cross_entropy_reference(q_logits, next_probs, shift, scale, returns, mc_share):
-    """The cross-entropy (B,) of softmax(q_logits) to Gamma; arguments as of bellman_cross_entropy."""
+    """The cross-entropy (B,) of softmax(q_logits) to Gamma; see bellman_cross_entropy."""
     with torch.no_grad():  # the target is a constant
         gamma = bellman_target(next_probs, shift, scale, returns, mc_share)
     precise = torch.promote_types(q_logits.dtype, torch.float32)
