@@ -100,8 +100,8 @@ def fields_of(file, name):
     fields = re.findall(r"^    (\w+): (.+?) = (.+?)(?:  # (.+))?$", body, re.M)
     for field, kind, _, comment in fields:
         if not comment or re.sub(r"^list\[(.+)]$", r"\1", kind) not in (*TYPES, "bool"):
-            sys.exit(f"{file}: {name}.{field} is to be a flag, so it needs a comment, its help, and "
-                     f"a type of {', '.join(TYPES)}, bool, or a list of these")
+            sys.exit(f"{file}: {name}.{field} is to be a flag, so it needs a comment, its help, "
+                     f"and a type of {', '.join(TYPES)}, bool, or a list of these")
     return fields
 
 
