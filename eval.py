@@ -421,7 +421,7 @@ def evaluate_run(run, args):
             raise RunError(f"--instruction: {error}") from None
     if args.video:
         for meta in filter(None, metas):
-            check_film(meta)
+            envs.check_film(meta)
     first = None
     if args.record:
         first = [recorded(args.record, meta) if meta else None for meta in metas]
@@ -439,17 +439,6 @@ def evaluate_run(run, args):
         envs.write_video(args.video, [frame for play in plays for frame in play.frames])
         print(f"wrote {args.video}")
     return summary
-
-
-def check_film(meta):
-    """RunError, before an episode is played, if a task's environment cannot be filmed."""
-    try:
-        env = envs.make(meta, True)
-        env.reset(seed=0)
-        envs.picture(env, meta.get("frame"))
-        env.close()
-    except Exception as error:  # an environment may raise anything
-        raise RunError(f"{meta['name']} cannot be filmed: {envs.in_a_line(error)}") from None
 
 
 def recorded(folder, meta):
