@@ -285,17 +285,6 @@ def picture(env, shape=None):
     raise DataError(f"render() gave {given}, and it has to give uint8 of shape {expected}")
 
 
-def check_film(meta):
-    """DataError, before an episode is played, if a task's environment cannot be filmed."""
-    try:
-        env = make(meta, True)
-        env.reset(seed=0)
-        picture(env, meta.get("frame"))
-        env.close()
-    except Exception as error:  # an environment may raise anything
-        raise DataError(f"{meta['name']} cannot be filmed: {in_a_line(error)}") from None
-
-
 def drawn(env):
     """What render() gives."""
     renderer = getattr(env.unwrapped, "mujoco_renderer", None)

@@ -323,7 +323,7 @@ def compare(summaries, path):
         same = len({tuple(summary["tasks"]) for summary in summaries.values()}) == 1
         names.append("IQM over tasks" if same else "IQM over a run's own tasks")
     rows = [row for row in zip(names, *methods.values()) if any(row[1:])]  # with any number
-    names, *columns = zip(*rows) if rows else ((),)
+    names, *columns = map(list, zip(*rows)) if rows else ([],)
     methods = dict(zip(methods, columns))
     if methods:
         label = plots.SCORE if what == "score" else "return"
@@ -419,9 +419,6 @@ def evaluate_run(run, args):
                 model.set_instruction(index, args.instruction)
         except ValueError as error:
             raise RunError(f"--instruction: {error}") from None
-    if args.video:
-        for meta in filter(None, metas):
-            envs.check_film(meta)
     first = None
     if args.record:
         first = [recorded(args.record, meta) if meta else None for meta in metas]

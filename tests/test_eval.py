@@ -449,14 +449,6 @@ def test_a_figure_has_no_row_without_a_number(monkeypatch):
     assert {name: len(points) for name, points in methods.items()} == {"a": 2, "b": 2}
 
 
-def test_what_cannot_be_filmed_is_said_before_an_episode_is_played(trained, tmp_path, monkeypatch,
-                                                                  capsys):
-    monkeypatch.setattr(envs, "picture", lambda *_: crash())
-    monkeypatch.setattr(evaluation, "rollout", None)
-    ends_with(2, trained, "--tasks", REACHER, "--video", tmp_path / "film.gif")
-    assert f"{REACHER} cannot be filmed: ValueError: the simulation" in capsys.readouterr().err
-
-
 def test_the_legend_names_runs_that_begin_with_an_underline(trained, tmp_path, monkeypatch):
     """matplotlib hides what begins so."""
     monkeypatch.chdir(tmp_path)
