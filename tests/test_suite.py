@@ -19,6 +19,7 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
+import torch
 
 import behaviors
 import envs
@@ -29,7 +30,7 @@ from behaviors.measure import rollout
 from checkpoint import FORMAT, RunError
 from data import DataError, Episode, Task, append
 from learner import Learner, settings_for
-from studies import ablations, ladder, peers, runs
+from studies import ablations, beyond, ladder, peers, runs
 from studies.runs import Table
 from studies.suite import metas_of, print_weights, random_batch, show, signed_rank, suite_table
 from tests.conftest import task_meta, tiny
@@ -458,9 +459,55 @@ def test_a_specialist_is_played_at_each_mark_and_playing_takes_none_of_its_time(
     assert opened == ["datasets/beyond/Hopper-v5"]
 
 
+# ---------------------------------------------------------------- studies.beyond
+
+@pytest.fixture(scope="module")
+def corridor(tmp_path_factory):
+    """Two steps. The first, from (0, 0) to (1, 0), has no reward whatever is done. The second's
+    reward is its action; those of the data are between -0.5 and 0.5."""
+    folder, rng = tmp_path_factory.mktemp("corridor") / "walk", np.random.default_rng(0)
+    obs = np.array([[0, 0], [1, 0], [1, 0]], np.float32)
+    episodes = []
+    for actions in rng.uniform(-0.5, 0.5, (2000, 2, 1)):
+        episodes.append(Episode(obs, actions, np.array([0, actions[1, 0]]), terminated=True))
+    append(folder, episodes, task_meta())
+    return Task(folder)
+
+
+def trained(way, task, monkeypatch):
+    """A small Specialist, after 600 fast updates."""
+    monkeypatch.setattr(beyond, "HIDDEN", 64)
+    monkeypatch.setattr(beyond, "BATCH", 64)
+    monkeypatch.setattr(beyond, "RATE", 3e-3)
+    monkeypatch.setattr(beyond, "TARGET_RATE", 0.02)
+    learner = beyond.Specialist(dataclasses.replace(beyond.WAYS[way], strength=3.0), task, seed=0)
+    rng = np.random.default_rng(0)
+    for batch in learner.sampler.batches(itertools.repeat(rng, 600)):
+        learner.update(batch)
+    return learner
+
+
+@pytest.mark.parametrize("way, low, high", [("clone", -0.1, 0.1)] + [
+    (way, 0.2, 1.0) for way in beyond.WAYS if way != "clone"])
+def test_each_way_but_cloning_improves_on_the_data(corridor, monkeypatch, way, low, high):
+    action = trained(way, corridor, monkeypatch).predict(np.array([[1, 0]], np.float32)).item()
+    assert low <= action <= high
+
+
+@pytest.mark.parametrize("way, low, high", [
+    ("gradient", 0.25, 0.5), ("data", -0.1, 0.1), ("observed", -0.1, 0.1)])
+def test_the_critic_looks_forward_to_the_policys_actions_or_to_the_datas(
+        corridor, monkeypatch, way, low, high):
+    """The policy's second reward is near 0.5, and the data's 0 on the mean; the discount is 0.9."""
+    learner = trained(way, corridor, monkeypatch)
+    obs = learner.normalised(torch.zeros(1, 2))
+    q = learner.expected(learner.values(learner.critic, obs, torch.zeros(1, 1))).item()
+    assert low <= q * learner.range + learner.low <= high
+
+
 # ---------------------------------------------------------------- tables of all studies
 
-STUDIES = ("ablations", "ladder", "peers", "pixels", "quality", "suite", "words")
+STUDIES = ("ablations", "beyond", "ladder", "peers", "pixels", "quality", "suite", "words")
 
 
 @pytest.mark.parametrize("name", STUDIES)
