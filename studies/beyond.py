@@ -22,7 +22,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 import data
 from kernels.categorical_projection import bellman_cross_entropy, point_mass
@@ -49,7 +48,7 @@ class Way:
     actor: str = "point"  # an action for a state, or "bins": a distribution, as PAC has it
     target: str = "policy"  # next values: the policy's; "data": the data's; "observed": returns
     scalar: bool = False  # the critic is a number, by squared error, and no distribution
-    focus: float = 0.0  # weighs the data, as in PAC
+    focus: float = 0.0  # of data.Worth: weighs the actor's loss; PAC also chooses rows by it
 
 
 # Of strengths of 0.1 and 0.3 for a point, and of 1 and 3 or 4 for bins, the better by seed 100 on
@@ -60,7 +59,7 @@ WAYS = {
     "scalar": Way("the critic is a number, by squared error", scalar=True),
     "data": Way("next values are of the data's own actions", target="data"),
     "observed": Way("observed returns stand in the place of next values", target="observed"),
-    "weighted": Way("the data is weighed, as PAC's is", strength=0.3, focus=5.0),
+    "weighted": Way("the data is weighed, as PAC weighs it", strength=0.3, focus=5.0),
     "bins": Way("the actor has bins, and their mean is moved", actor="bins", strength=3.0),
     "draws": Way("bins, moved to their own draws that Q weighs: PAC's way", actor="bins",
                  improve="draws", strength=4.0),
