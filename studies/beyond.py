@@ -14,7 +14,6 @@ import os
 import time
 from dataclasses import dataclass
 from itertools import repeat
-from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -29,7 +28,7 @@ from learner import improvement_loss, improvement_weights, value_range
 from model import Policy
 from studies import print_table
 from studies.peers import LONG, play
-from studies.runs import SEEDS, Table, need_data, new_parser
+from studies.runs import SEEDS, Table, in_processes, need_data, new_parser
 
 UPDATES, BATCH, HIDDEN, RATE = 5000, 256, 256, 3e-4
 TARGET_RATE = 0.005
@@ -259,10 +258,9 @@ def main():
                   for seed in args.seeds for task in args.tasks for way in args.ways]
         if jobs := table.missing(wanted):
             need_data(Path("datasets/beyond"), args.tasks)
-        with get_context("spawn").Pool(args.workers) as pool:
-            for row in pool.imap_unordered(run, jobs):
-                table.append([row])
-                print(time.strftime("%H:%M"), *row.values(), flush=True)
+        for row in in_processes(args.workers, run, jobs):
+            table.append([row])
+            print(time.strftime("%H:%M"), *row.values(), flush=True)
     table.need_rows()
     lines = []
     for name, way in WAYS.items():

@@ -16,7 +16,6 @@ undisturbed thread; with that its scores are those of results/study1.csv.
 import json
 import os
 import time
-from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -30,8 +29,9 @@ from envs import Play
 from eval import seed_of, summarise
 from studies import print_table
 from studies.ladder import study1
-from studies.runs import (DRAWN, EPISODES, NUMBERS, SEEDS, SHOWN_ROWS, Table, at_a_time, need_data,
-                          new_parser, points, print_scores, result_of, start_or_resume)
+from studies.runs import (DRAWN, EPISODES, NUMBERS, SEEDS, SHOWN_ROWS, Table, at_a_time,
+                          in_processes, need_data, new_parser, points, print_scores, result_of,
+                          start_or_resume)
 from train import steps_of
 
 PARTS = ("switching", "beyond")
@@ -130,11 +130,10 @@ def run_specialists(table, jobs, workers):
         marks.setdefault((part, method, seed, task), []).append(minutes)
     hours = sum(max(some) for some in marks.values()) / workers / 60
     print(f"{len(marks)} runs, {workers} at a time: about {hours:.1f} hours, and the episodes")
-    with get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
-        for rows in pool.imap_unordered(run, marks.items()):
-            table.append(rows)
-            for row in rows:
-                print(time.strftime("%H:%M"), *row.values(), flush=True)
+    for rows in in_processes(workers, run, marks.items()):
+        table.append(rows)
+        for row in rows:
+            print(time.strftime("%H:%M"), *row.values(), flush=True)
 
 
 def run_pac(table, part, minutes, seed):

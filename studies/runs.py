@@ -13,6 +13,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
 from threading import RLock
 
@@ -31,6 +32,7 @@ SEEDS = (0, 1, 2)
 EPISODES = 20  # a task and run
 NUMBERS = {"seed": int, "score": lambda text: float(text) if text else None}  # of most tables
 FILE_LOCK = RLock()  # several runs end at once
+GOES_ON = "stopped: the study goes on when it is started again"
 STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # exit codes after Ctrl-C and `kill`
 SHOWN_ROWS = [*TASKS, "IQM"]
 DECIDE = ("data", "steps", "episodes")  # may change on --resume, and not between a study's runs
@@ -271,10 +273,22 @@ def at_a_time(workers, work, jobs):
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second is for the runs in hand alone
             pool.shutdown(wait=False, cancel_futures=True)
-            print("stopped: the study goes on when it is started again", file=sys.stderr)
+            print(GOES_ON, file=sys.stderr)
             sys.exit(130)
     if failed:
         sys.exit(2)
+
+
+def in_processes(workers, work, jobs):
+    """Yield work(job) of every job when it is done, several at a time, each in a process of its
+    own. Ctrl-C ends those in hand, and the command with 130."""
+    ignore = signal.SIGINT, signal.SIG_IGN  # else each process may print a traceback
+    with get_context("spawn").Pool(workers, signal.signal, ignore, maxtasksperchild=1) as pool:
+        try:
+            yield from pool.imap_unordered(work, jobs)
+        except KeyboardInterrupt:
+            print(GOES_ON, file=sys.stderr)
+            sys.exit(130)
 
 
 def rows_of(summary, table, job, **more):

@@ -8,9 +8,12 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import types
 from collections import Counter
 from contextlib import nullcontext
@@ -503,6 +506,23 @@ def test_the_critic_looks_forward_to_the_policys_actions_or_to_the_datas(
     obs = learner.normalised(torch.zeros(1, 2))
     q = learner.expected(learner.values(learner.critic, obs, torch.zeros(1, 1))).item()
     assert low <= q * learner.range + learner.low <= high
+
+
+def test_work_in_processes_comes_as_it_ends_and_ctrl_c_is_one_line():
+    """Each process is new, and sleeps as long as its job says."""
+    program = ("import time; from studies.runs import in_processes\n"
+               "if __name__ == '__main__':\n"
+               "    for number in in_processes(2, abs, [-3, -4]): print(number, flush=True)\n"
+               "    list(in_processes(2, time.sleep, [60, 60]))\n")
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               start_new_session=True)
+    assert sorted(process.stdout.readline() + process.stdout.readline()) == ["\n", "\n", "3", "4"]
+    time.sleep(2)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert error == f"{runs.GOES_ON}\n"
 
 
 # ---------------------------------------------------------------- tables of all studies
