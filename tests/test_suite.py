@@ -497,6 +497,22 @@ def test_each_way_but_cloning_improves_on_the_data(corridor, monkeypatch, way, l
     assert low <= action <= high
 
 
+def test_weights_draw_a_clone_to_what_returned_more(corridor, monkeypatch):
+    monkeypatch.setitem(beyond.WAYS, "rwr", beyond.Way("", improve="", focus=5.0))
+    action = trained("rwr", corridor, monkeypatch).predict(np.array([[1, 0]], np.float32)).item()
+    assert action > 0.4  # the mean is 0.25, the best 0.5
+
+
+@pytest.mark.parametrize("way, looks", [("gradient", True), ("data", True), ("observed", False)])
+def test_observed_returns_need_no_next_values(corridor, way, looks):
+    learner = beyond.Specialist(beyond.WAYS[way], corridor, seed=0)
+    batch = learner.sampler.sample(np.random.default_rng(0))
+    obs, next_obs = learner.normalised(batch.obs[:, 0]), learner.normalised(batch.next_obs[:, 0])
+    before = learner.critic_loss(batch, obs, next_obs)
+    learner.target[1][-1].bias[0] += 10.0
+    assert (learner.critic_loss(batch, obs, next_obs) != before) == looks
+
+
 @pytest.mark.parametrize("way, low, high", [
     ("gradient", 0.35, 0.5), ("data", 0.15, 0.3), ("observed", 0.15, 0.3)])
 def test_the_critic_looks_forward_to_the_policys_actions_or_to_the_datas(
