@@ -5,8 +5,8 @@
 
 On HalfCheetah's `beyond` TD3+BC (Fujimoto and Gu 2021) passes the level that is the data's best,
 and no row of study 1 does. Here both are made of the same parts: an actor and a critic of one task,
-each an MLP of two hidden layers. A row of WAYS changes one thing of the first, and so says what
-the difference is made of. The Perceiver is in none of them.
+each an MLP of two hidden layers. A row of WAYS changes a thing or two of the first, and so says
+what the difference is made of. The Perceiver is in none of them.
 """
 
 import copy
@@ -50,8 +50,8 @@ class Way:
     focus: float = 0.0  # of data.Worth: weighs the actor's loss; PAC also chooses rows by it
 
 
-# Of strengths of 0.1 and 0.3 for a point, and of 1 and 3 or 4 for bins, the better by seed 100 on
-# HalfCheetah.
+# Each strength is the better of 0.1 and 0.3 for a point, of 1 and 3 for bins, of 1 and 4 for draws,
+# by seed 100 on HalfCheetah.
 WAYS = {
     "gradient": Way("Q's gradient moves an actor of one action", strength=0.3),
     "clone": Way("no improvement", improve=""),
