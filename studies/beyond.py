@@ -5,8 +5,8 @@
 
 On HalfCheetah's `beyond` TD3+BC (Fujimoto and Gu 2021) passes the level that is the data's best,
 and no row of study 1 does. Here both are made of the same parts: an actor and a critic of one task,
-each an MLP of two hidden layers. A row of WAYS changes a thing or two of the first, and so says
-what the difference is made of. The Perceiver is in none of them.
+each an MLP of two hidden layers, and in the last rows the Perceiver. A row of WAYS changes a thing
+or two of the first, and so says what the difference is made of.
 """
 
 import copy
@@ -24,8 +24,8 @@ from torch import nn
 
 import data
 from kernels.categorical_projection import bellman_cross_entropy, point_mass
-from learner import improvement_loss, improvement_weights, value_range
-from model import Policy
+from learner import LossSettings, improvement_loss, improvement_weights, schedule, value_range
+from model import Perceiver, Policy, Shared, config_for, head
 from studies import print_table
 from studies.peers import LONG, play
 from studies.runs import SEEDS, Table, in_processes, need_data, new_parser
@@ -33,6 +33,7 @@ from studies.runs import SEEDS, Table, in_processes, need_data, new_parser
 UPDATES, BATCH, HIDDEN, RATE = 5000, 256, 256, 3e-4
 TARGET_RATE = 0.005
 ATOMS, BINS, SAMPLES, ACT_SAMPLES, ETA = 101, 51, 8, 64, 1.0
+SIZE = "small"  # of the Perceivers
 SCALE_ROWS = 20_000  # transitions that tell how observations, rewards and returns lie
 
 
@@ -48,6 +49,9 @@ class Way:
     target: str = "policy"  # next values: the policy's; "data": the data's; "observed": returns
     scalar: bool = False  # the critic is a number, by squared error, and no distribution
     focus: float = 0.0  # of data.Worth: weighs the actor's loss; PAC also chooses rows by it
+    # In the place of MLPs: "own", a Perceiver for the actor and one for the critic; "shared", one
+    # for both; "detached", one, whose latents the actor reads and does not train.
+    perceiver: str = ""
 
 
 # Each strength is the better of 0.1 and 0.3 for a point, of 1 and 3 for bins, of 1 and 4 for draws,
@@ -64,12 +68,83 @@ WAYS = {
                  improve="draws", strength=4.0),
     "draws-weighted": Way("the same, and the data is weighed", actor="bins", improve="draws",
                           strength=4.0, focus=5.0),
+    "own": Way("two Perceivers, one for the actor and one for the critic", strength=0.3,
+               perceiver="own"),
+    "shared": Way("one Perceiver, as PAC has it: both losses train its latents", strength=0.3,
+                  perceiver="shared"),
+    "detached": Way("one Perceiver, whose latents the actor's loss does not train", strength=0.3,
+                    perceiver="detached"),
 }
 
+
+# ---------------------------------------------------------------- the two networks
 
 def mlp(inputs, outputs):
     return nn.Sequential(nn.Linear(inputs, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU(),
                          nn.Linear(HIDDEN, outputs))
+
+
+class Critic(nn.Module):
+    """An MLP of a state and an action."""
+
+    def __init__(self, O, A, outputs):
+        super().__init__()
+        self.layers = mlp(O + A, outputs)
+
+    def forward(self, obs, actions):
+        """obs (B, O), actions (B, N, A) -> (B, N, outputs)"""
+        obs = obs[:, None].expand(-1, actions.shape[1], -1)
+        return self.layers(torch.cat([obs, actions], dim=-1))
+
+    @property
+    def last(self):
+        return self.layers[-1]
+
+
+class PerceiverActor(nn.Module):
+    """An action, read from a Perceiver's latents by its policy decoder."""
+
+    def __init__(self, perceiver, detached):
+        super().__init__()
+        self.perceiver, self.detached = perceiver, detached
+        self.head = head(perceiver.config.width, 1)
+
+    def forward(self, obs):
+        """obs (B, O) -> (B, A)"""
+        task = torch.zeros(len(obs), dtype=torch.int64)
+        latents = self.perceiver.encode(obs, task)
+        if self.detached:
+            latents = latents.detach()
+        query = Shared(self.perceiver.policy_query, task)
+        return self.head(self.perceiver.policy_decoder(query, latents)[:, 1:]).squeeze(-1)
+
+
+class PerceiverCritic(nn.Module):
+    """A Perceiver, and its Q decoder."""
+
+    def __init__(self, perceiver):
+        super().__init__()
+        self.perceiver = perceiver
+
+    def forward(self, obs, actions):
+        """obs (B, O), actions (B, N, A) -> (B, N, M)"""
+        task = torch.zeros(len(obs), dtype=torch.int64)
+        return self.perceiver.q(self.perceiver.encode(obs, task), actions, task)
+
+    @property
+    def last(self):
+        return self.perceiver.q_head[-1]
+
+
+def networks(way, meta):
+    """-> an actor and a critic"""
+    O, A = meta["obs_dim"], meta["action_dim"]
+    if not way.perceiver:
+        actor = mlp(O, A * BINS if way.actor == "bins" else A)
+        return actor, Critic(O, A, 1 if way.scalar else ATOMS)
+    perceiver = Perceiver(config_for(SIZE, [meta]))
+    other = Perceiver(perceiver.config) if way.perceiver == "own" else perceiver
+    return PerceiverActor(other, way.perceiver == "detached"), PerceiverCritic(perceiver)
 
 
 class Specialist:
@@ -85,19 +160,19 @@ class Specialist:
         self.low, self.range = (number.item() for number in value_range([task.meta]))
         # Q is on [0, 1], as in learner.py. So much of it is a deviation of the reward.
         self.unit = (rows.reward.std() / self.range).item()
-        O, A = rows.obs.shape[-1], rows.action.shape[-1]
-        self.actor = mlp(O, A * BINS if way.actor == "bins" else A)
-        self.critic = mlp(O + A, 1 if way.scalar else ATOMS)
+        self.actor, self.critic = networks(way, {"name": task.name, **task.meta})
         self.atoms = torch.linspace(0, 1, ATOMS)
         self.start_at(self.scale(rows.return_to_go[:, 0]))
         self.spread = None  # Q's deviation over a state's actions: a running average
         self.live = nn.ModuleList([self.actor, self.critic])
         self.target = copy.deepcopy(self.live).requires_grad_(False)
-        self.optimizer = torch.optim.Adam(self.live.parameters(), RATE)
+        self.weights = list(self.live.parameters())  # shared ones once
+        self.optimizer = torch.optim.Adam(self.weights, RATE)
+        self.updates = 0
 
     def start_at(self, returns):
         """Begin at the data's returns (B,), as Learner.start_at does."""
-        last = self.critic[-1]
+        last = self.critic.last
         last.weight.data.mul_(0.1)
         if self.way.scalar:
             last.bias.data.fill_(returns.mean())
@@ -111,11 +186,7 @@ class Specialist:
     def normalised(self, obs):
         return (obs - self.obs_mean) / self.obs_std.clamp(min=1e-3)
 
-    # -------------------------------------------------------- the two networks
-
-    def values(self, critic, obs, action):
-        """obs (..., O), action (..., A) -> the critic's outputs (..., M), or (..., 1)"""
-        return critic(torch.cat([obs, action], dim=-1))
+    # -------------------------------------------------------- what the two say
 
     def expected(self, outputs):
         """-> Q (...)"""
@@ -139,10 +210,6 @@ class Specialist:
         B, _, A, _ = policy.log_bins.shape
         return policy.sample(torch.rand(B, count, 1 + A))
 
-    def q_of(self, critic, obs, actions):
-        """obs (B, O), actions (B, N, A) -> the critic's outputs (B, N, M)"""
-        return self.values(critic, obs[:, None].expand(-1, actions.shape[1], -1), actions)
-
     # -------------------------------------------------------- one update
 
     def update(self, batch):
@@ -152,10 +219,19 @@ class Specialist:
         actor = (worth * self.actor_loss(obs, batch.action[:, 0])).mean()
         self.optimizer.zero_grad()
         (critic + actor).backward()
+        if self.way.perceiver:
+            self.as_pac_trains()
         self.optimizer.step()
+        self.updates += 1
         with torch.no_grad():
             torch._foreach_lerp_(list(self.target.parameters()), list(self.live.parameters()),
                                  TARGET_RATE)
+
+    def as_pac_trains(self):
+        """Set the learning rate, and cut the gradient, as learner.py does."""
+        torch.nn.utils.clip_grad_norm_(self.weights, LossSettings.max_grad_norm)
+        rate = LossSettings.learning_rate * schedule(self.updates, UPDATES)
+        self.optimizer.param_groups[0]["lr"] = rate
 
     def critic_loss(self, batch, obs, next_obs):
         target_actor, target_critic = self.target
@@ -164,11 +240,13 @@ class Specialist:
         observed = self.scale(batch.return_to_go[:, 0])
         with torch.no_grad():
             if self.way.target == "policy":
-                actions = self.draw(self.policy(target_actor, next_obs), SAMPLES)
+                # Of one action all draws are alike; MLPs do not mind, and a Perceiver is slow.
+                count = 1 if self.way.perceiver else SAMPLES
+                actions = self.draw(self.policy(target_actor, next_obs), count)
             else:  # where an episode was cut off there is none, and this is the action 0
                 actions = batch.action[:, 1:]
-            after = self.q_of(target_critic, next_obs, actions)  # (B, N, M)
-        outputs = self.values(self.critic, obs, batch.action[:, 0])
+            after = target_critic(next_obs, actions)  # (B, N, M)
+        outputs = self.critic(obs, batch.action[:, :1])[:, 0]
         share = float(self.way.target == "observed")
         if self.way.scalar:
             bellman = shift + bootstrap * self.expected(after).mean(1)
@@ -186,7 +264,7 @@ class Specialist:
             clone, mean = -policy.log_prob(action[:, None])[:, 0], policy.mean()
         if way.improve == "gradient":
             target_critic = self.target[1]  # its weights learn nothing, and the action's do
-            q = self.expected(self.values(target_critic, obs, mean))
+            q = self.expected(target_critic(obs, mean[:, None]))[:, 0]
             return clone - way.strength * q / self.unit
         if way.improve == "draws":
             return clone + way.strength * self.to_draws(policy, obs)
@@ -197,7 +275,7 @@ class Specialist:
         target_actor, target_critic = self.target
         with torch.no_grad():
             actions = self.draw(self.policy(target_actor, obs), SAMPLES)
-            q = self.expected(self.q_of(target_critic, obs, actions))  # (B, N)
+            q = self.expected(target_critic(obs, actions))  # (B, N)
             spread = q.std(1).mean()
             self.spread = spread if self.spread is None else torch.lerp(self.spread, spread, 0.01)
             w = improvement_weights(q, self.spread.expand(len(q)), ETA)
@@ -216,7 +294,7 @@ class Specialist:
         if self.way.improve != "draws":
             return policy.mean().numpy()
         actions = self.draw(policy.sharpen(), ACT_SAMPLES)
-        q = self.expected(self.q_of(critic, obs, actions))
+        q = self.expected(critic(obs, actions))
         w = improvement_weights(q, self.spread.expand(len(q)), ETA)
         return (w[..., None] * actions).sum(1).numpy()
 

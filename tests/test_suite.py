@@ -32,7 +32,7 @@ from behaviors import LEVELS, ars, controllers, search, suite, td3
 from behaviors.measure import rollout
 from checkpoint import FORMAT, RunError
 from data import DataError, Episode, Task, append
-from learner import Learner, settings_for
+from learner import Learner, LossSettings, schedule, settings_for
 from studies import ablations, beyond, ladder, peers, runs
 from studies.runs import Table
 from studies.suite import metas_of, print_weights, random_batch, show, signed_rank, suite_table
@@ -483,9 +483,11 @@ def trained(way, task, monkeypatch):
     monkeypatch.setattr(beyond, "BATCH", 64)
     monkeypatch.setattr(beyond, "RATE", 3e-3)
     monkeypatch.setattr(beyond, "TARGET_RATE", 0.02)
+    monkeypatch.setattr(beyond, "SIZE", "tiny")
+    monkeypatch.setattr(beyond, "UPDATES", 600)
     learner = beyond.Specialist(dataclasses.replace(beyond.WAYS[way], strength=3.0), task, seed=0)
     rng = np.random.default_rng(0)
-    for batch in learner.sampler.batches(itertools.repeat(rng, 600)):
+    for batch in learner.sampler.batches(itertools.repeat(rng, beyond.UPDATES)):
         learner.update(batch)
     return learner
 
@@ -509,7 +511,7 @@ def test_observed_returns_need_no_next_values(corridor, way, looks):
     batch = learner.sampler.sample(np.random.default_rng(0))
     obs, next_obs = learner.normalised(batch.obs[:, 0]), learner.normalised(batch.next_obs[:, 0])
     before = learner.critic_loss(batch, obs, next_obs)
-    learner.target[1][-1].bias[0] += 10.0
+    learner.target[1].last.bias[0] += 10.0
     assert (learner.critic_loss(batch, obs, next_obs) != before) == looks
 
 
@@ -520,8 +522,36 @@ def test_the_critic_looks_forward_to_the_policys_actions_or_to_the_datas(
     """The policy's second reward is near 0.5, the data's 0.25 on the mean; the discount is 0.9."""
     learner = trained(way, corridor, monkeypatch)
     obs = learner.normalised(torch.zeros(1, 2))
-    q = learner.expected(learner.values(learner.critic, obs, torch.full((1, 1), -0.25))).item()
+    q = learner.expected(learner.critic(obs, torch.full((1, 1, 1), -0.25))).item()
     assert low <= q * learner.range + learner.low <= high
+
+
+@pytest.mark.parametrize("way, perceivers, trains",
+                         [("own", 2, True), ("shared", 1, True), ("detached", 1, False)])
+def test_the_actor_trains_the_latents_that_it_reads_unless_detached(corridor, way, perceivers,
+                                                                    trains):
+    learner = beyond.Specialist(beyond.WAYS[way], corridor, seed=0)
+    for actor, critic in (learner.live, learner.target):
+        assert len({id(actor.perceiver), id(critic.perceiver)}) == perceivers
+    learner.actor_loss(torch.zeros(4, 2), torch.zeros(4, 1)).mean().backward()
+    perceiver = learner.actor.perceiver
+    assert perceiver.policy_query.grad is not None
+    assert (perceiver.latents.grad is not None) == trains
+    assert learner.critic.perceiver.action_encoder.weight.grad is None
+
+
+def test_a_perceiver_trains_at_the_learners_rate_and_a_long_gradient_is_cut(corridor):
+    learner = beyond.Specialist(beyond.WAYS["detached"], corridor, seed=0)
+    batch = learner.sampler.sample(np.random.default_rng(0))
+    for _ in range(2):
+        learner.update(batch)
+    rate = LossSettings.learning_rate * schedule(1, beyond.UPDATES)
+    assert learner.optimizer.param_groups[0]["lr"] == rate == pytest.approx(3e-5)
+    for weight in learner.weights:
+        weight.grad = torch.full_like(weight, 10.0)
+    learner.as_pac_trains()
+    norm = torch.stack([weight.grad.norm() for weight in learner.weights]).norm()
+    assert norm.item() == pytest.approx(LossSettings.max_grad_norm, rel=1e-4)
 
 
 def test_work_in_processes_comes_as_it_ends_and_ctrl_c_is_one_line():
