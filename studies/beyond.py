@@ -55,7 +55,7 @@ class Way:
 
 
 # Each strength is the better of 0.1 and 0.3 for a point, of 1 and 3 for bins, of 1 and 4 for draws,
-# by seed 100 on HalfCheetah.
+# by seed 100 on HalfCheetah. The Perceivers have those of `gradient` and `bins`.
 WAYS = {
     "gradient": Way("Q's gradient moves an actor of one action", strength=0.3),
     "clone": Way("no improvement", improve=""),
@@ -74,6 +74,8 @@ WAYS = {
                   perceiver="shared"),
     "detached": Way("one Perceiver, whose latents the actor's loss does not train", strength=0.3,
                     perceiver="detached"),
+    "detached-bins": Way("the same, and the actor has bins, whose mean is moved", strength=3.0,
+                         actor="bins", perceiver="detached"),
 }
 
 
@@ -102,21 +104,22 @@ class Critic(nn.Module):
 
 
 class PerceiverActor(nn.Module):
-    """An action, read from a Perceiver's latents by its policy decoder."""
+    """So many outputs for each dimension of the action, read from a Perceiver's latents by its
+    policy decoder."""
 
-    def __init__(self, perceiver, detached):
+    def __init__(self, perceiver, outputs, detached):
         super().__init__()
         self.perceiver, self.detached = perceiver, detached
-        self.head = head(perceiver.config.width, 1)
+        self.head = head(perceiver.config.width, outputs)
 
     def forward(self, obs):
-        """obs (B, O) -> (B, A)"""
+        """obs (B, O) -> (B, A outputs)"""
         task = torch.zeros(len(obs), dtype=torch.int64)
         latents = self.perceiver.encode(obs, task)
         if self.detached:
             latents = latents.detach()
         query = Shared(self.perceiver.policy_query, task)
-        return self.head(self.perceiver.policy_decoder(query, latents)[:, 1:]).squeeze(-1)
+        return self.head(self.perceiver.policy_decoder(query, latents)[:, 1:]).flatten(1)
 
 
 class PerceiverCritic(nn.Module):
@@ -139,12 +142,15 @@ class PerceiverCritic(nn.Module):
 def networks(way, meta):
     """-> an actor and a critic"""
     O, A = meta["obs_dim"], meta["action_dim"]
+    outputs = BINS if way.actor == "bins" else 1
     if not way.perceiver:
-        actor = mlp(O, A * BINS if way.actor == "bins" else A)
-        return actor, Critic(O, A, 1 if way.scalar else ATOMS)
+        return mlp(O, A * outputs), Critic(O, A, 1 if way.scalar else ATOMS)
+    if way.scalar:
+        raise ValueError("a Perceiver's critic is a distribution here, and no number")
     perceiver = Perceiver(config_for(SIZE, [meta]))
     other = Perceiver(perceiver.config) if way.perceiver == "own" else perceiver
-    return PerceiverActor(other, way.perceiver == "detached"), PerceiverCritic(perceiver)
+    actor = PerceiverActor(other, outputs, detached=way.perceiver == "detached")
+    return actor, PerceiverCritic(perceiver)
 
 
 class Specialist:
@@ -240,8 +246,8 @@ class Specialist:
         observed = self.scale(batch.return_to_go[:, 0])
         with torch.no_grad():
             if self.way.target == "policy":
-                # Of one action all draws are alike; MLPs do not mind, and a Perceiver is slow.
-                count = 1 if self.way.perceiver else SAMPLES
+                # A point's draws are alike, so one does; the MLPs' rows were made with all.
+                count = 1 if self.way.perceiver and self.way.actor == "point" else SAMPLES
                 actions = self.draw(self.policy(target_actor, next_obs), count)
             else:  # where an episode was cut off there is none, and this is the action 0
                 actions = batch.action[:, 1:]

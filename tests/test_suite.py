@@ -540,6 +540,12 @@ def test_the_actor_trains_the_latents_that_it_reads_unless_detached(corridor, wa
     assert learner.critic.perceiver.action_encoder.weight.grad is None
 
 
+def test_a_perceiver_has_no_critic_that_is_a_number(corridor):
+    way = dataclasses.replace(beyond.WAYS["own"], scalar=True)
+    with pytest.raises(ValueError, match="a distribution here"):
+        beyond.Specialist(way, corridor, seed=0)
+
+
 def test_a_perceiver_trains_at_the_learners_rate_and_a_long_gradient_is_cut(corridor):
     learner = beyond.Specialist(beyond.WAYS["detached"], corridor, seed=0)
     batch = learner.sampler.sample(np.random.default_rng(0))
