@@ -283,8 +283,17 @@ def table(summary):
             line += f"   success {row['success']:.0%}"
         lines.append(line)
     lines.append(f"{'IQM over tasks':<54}{shown(summary['iqm']):>8}   {between(summary)}")
-    lines += [f"failed, and left out: {line}" for line in summary["failed"]]
-    return "\n".join(lines)
+    return "\n".join(lines + failures(summary))
+
+
+def failures(summary):
+    """A line for each task of which episodes failed: how many, and what the first one met."""
+    of_tasks = {}
+    for line in summary["failed"]:
+        of_tasks.setdefault(line.split(", episode ")[0], []).append(line)
+    return [f"failed, and left out: {lines[0]}" +
+            (f" (and {len(lines) - 1} more of this task)" if len(lines) > 1 else "")
+            for lines in of_tasks.values()]
 
 
 def between(row):

@@ -387,7 +387,17 @@ def build(folder=DATASETS, parts=PARTS, tasks=TASKS, transitions=TRANSITIONS, sh
             with new_target(Path(folder, part, task), wait=True) as partial:
                 if partial:
                     append(partial, episodes(jobs), metas[task])
+            if partial and part == "levels":
+                tell_of_shares(Task(Path(folder, part, task)), transitions)
         bar.update(total - bar.n)
+
+
+def tell_of_shares(task, transitions):
+    """Say so where `levels` has more than was asked for: its shares are others then, too."""
+    made = task.meta["transitions"]
+    if made > 1.1 * transitions:
+        notice(f"{task.folder} has {made:,} transitions and not {transitions:,}: each level has at "
+               "least an episode, so their shares are not as asked for; ask for more transitions")
 
 
 def there_already(folder, parts, tasks, transitions, discount=0.99):

@@ -223,7 +223,8 @@ import parallel
 import prepare
 from checkpoint import (FORMAT, Log, RunError, check_device, checkpoints, find_checkpoint,
                         from_config, read_config, restore, save, set_aside)
-from eval import EPISODES_FAILED, evaluate, file_of, kept_path, shown, table, write_summary
+from eval import (EPISODES_FAILED, evaluate, failures, file_of, kept_path, shown, table,
+                  write_summary)
 from kernels.graph import Graphs
 from learner import CONSTANT, Learner, LossSettings, NonFinite, settings_for
 from model import config_for, count_parameters, tokenize
@@ -526,8 +527,8 @@ def evaluate_on_the_way(target, metas, config, settings, batch, bar):
         if "success" in row:
             line[f"eval/{name}/success"] = row["success"]
     bar.write(f"update {bar.n}: {short}")
-    for text in summary["failed"]:
-        bar.write(f"  failed, and left out: {text}")
+    for text in failures(summary):
+        bar.write(f"  {text}")
     if target.pixels is None:
         entropy = target.attention_entropy(batch.obs[:, 0], batch.task)
         line["model/attention_entropy"] = entropy.item()

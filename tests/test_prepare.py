@@ -304,6 +304,16 @@ def test_an_interrupted_build_is_not_believed_and_the_next_makes_it(tmp_path, mo
     verify(open_tasks(tmp_path / "switching"))
 
 
+def test_a_build_says_where_whole_episodes_change_the_shares(tmp_path, capfd):
+    """Reacher's episodes have 50 steps: of 100 transitions the expert's share is a fifth of one."""
+    for transitions in (100, 1_000):
+        prepare.main(f"build --out {tmp_path / str(transitions)} --part levels switching "
+                     f"--tasks Reacher-v5 --transitions {transitions}".split())
+    said = [line for line in capfd.readouterr().err.splitlines() if "their shares" in line]
+    assert len(said) == 1
+    assert "100/levels/Reacher-v5 has 200 transitions and not 100: each level has" in said[0]
+
+
 def test_what_is_there_is_not_made_again(small_data, monkeypatch):
     monkeypatch.setattr(collect, "processes", None)  # no work can be given to it
     prepare.build(small_data.parent, ["switching"], ["Hopper-v5", "Reacher-v5"])
