@@ -601,8 +601,8 @@ class Sampler:
             share = weights[number] / weights.sum()
             chance.append(share * episodes["length"] / episodes["length"].sum())
         # Of each episode that may be drawn: its source, its final row there, where the interval of
-        # [0, 1] that draws it ends, and how dense its transitions lie in that interval: a millionth
-        # of one less than there are, so that no rounding leads out at the interval's start.
+        # [0, 1] that draws it ends, and how many transitions lie in a unit of that interval. It is
+        # a millionth of one too few: no rounding leads to a row before the episode's first.
         self.source, self.final = np.concatenate(source), np.concatenate(final)
         length, chance = np.concatenate(length), np.concatenate(chance)
         self.first = self.final - length  # an episode's first row

@@ -86,7 +86,8 @@ def improvement_loss(policy, actions, w):
 
 
 def improvement_weights(q, spread, eta):
-    """w_j ∝ exp(Q(s, a_j) / eta), a_j ~ pi~: the weights of pi_imp. q (B, N), spread (B,) -> (B, N)
+    """w_j ∝ exp(Q(s, a_j) / (eta * spread)): the weights of pi_imp, whose actions a_j are drawn from
+    pi_theta', or squared where it acts. q (B, N), spread (B,) -> (B, N)
 
     eta is relative to Q's spread over a state's actions, which is tiny beside the range of the
     values: a fixed eta of 2% of that range left the weights uniform. The spread is the task's
@@ -239,10 +240,10 @@ class Learner:
         bias = torch.log(0.99 * histogram + 0.01 / len(histogram))
         for model in (self.model, self.target_model):
             body = model.body_of(task)
-            for t in body.unique():
-                std, mean = torch.std_mean(obs[body == t], dim=0)
-                model.obs_mean[t] = mean
-                model.obs_std[t] = torch.where(std > CONSTANT, std, 1)
+            for number in body.unique():
+                std, mean = torch.std_mean(obs[body == number], dim=0)
+                model.obs_mean[number] = mean
+                model.obs_std[number] = torch.where(std > CONSTANT, std, 1)
             for head in (model.q_head[-1], model.v_head[-1]):
                 head.bias.data.copy_(bias)
                 head.weight.data.mul_(0.1)
@@ -375,12 +376,11 @@ class Learner:
             self.forward(part, self.noise(part, generator), 0.5)
 
     def choose(self, candidates, generator):
-        """A Batch of POOL times too many transitions -> one of B, half by chance, half by their
-        worth.
+        """POOL B candidates, a Batch -> a Batch of B of them, half by chance, half by their worth.
 
-        Most of it lies on a tenth of the data (data.Worth): weights alone left most of a batch
-        without a say in the policy's terms. What is over- or underrepresented is put right by the
-        rest of the weight, 2 at the most; the critic learns from the rows as they come. Ranks
+        Most of the worth lies on a tenth of the data (data.Worth): weights alone left most of a
+        batch without a say in the policy's terms. A row is drawn with odds (1 + w) / 2, and then
+        counts w / odds, which is below 2; the critic learns from the rows as they come. Ranks
         choose together, as one process would, and take a share each.
         """
         candidates = candidates.to(self.device)
@@ -388,18 +388,18 @@ class Learner:
             return candidates
         if candidates.worth is None:
             raise ValueError("the rows have no worth; a Sampler with a focus gives it")
-        place = self.rand((), generator)
+        offset = self.rand((), generator)
         if parallel.RANKS > 1:
             candidates = candidates.map(parallel.of_all_ranks)
-            torch.distributed.broadcast(place, 0)
+            torch.distributed.broadcast(offset, 0)
         task = candidates.task
         worth = candidates.worth / mean_per_task(candidates.worth, task, self.num_tasks)
         odds = (1 + worth) / 2
         candidates.worth = worth / odds
         # Systematic sampling, at equal distances along the summed odds: each task keeps its share.
         B, sums = len(task) // self.pool, odds.cumsum(0)
-        places = (torch.arange(B, device=self.device) + place)[parallel.RANK::parallel.RANKS] / B
-        rows = torch.searchsorted(sums, places * sums[-1])
+        marks = (torch.arange(B, device=self.device) + offset)[parallel.RANK::parallel.RANKS] / B
+        rows = torch.searchsorted(sums, marks * sums[-1])
         return candidates.take(rows.clamp(max=len(task) - 1))
 
     def with_frames(self, batch, generator=None):

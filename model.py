@@ -120,8 +120,9 @@ def count_parameters(model):
 # ---------------------------------------------------------------- what samples share
 
 class Shared(NamedTuple):
-    """Rows that many samples have in common: sample b has table[index[b]] of `table` (T, J, W)."""
-    table: torch.Tensor
+    """Rows that many samples have in common: sample b has table[index[b]]. A table of one row is
+    everybody's; then only the length of `index` counts."""
+    table: torch.Tensor  # (rows, J, W)
     index: torch.Tensor  # (B,)
 
 
@@ -143,8 +144,8 @@ def for_each_sample(function, x):
 # ---------------------------------------------------------------- layers
 
 class Scalars(nn.Module):
-    """A vector of scalars -> tokens, each a linear map of all of it; every task has maps of its
-    own, or shares those of its embodiment.
+    """A vector of scalars -> tokens, each a linear map of all of it; every embodiment has maps of
+    its own.
 
     The multi-scale normaliser: a scalar is given as itself and as tanh(c x) for geometric c: so it
     is resolved at some scale [formula ours]. It resolves what lies near 0, so observations are
@@ -157,19 +158,19 @@ class Scalars(nn.Module):
     """
 
     def __init__(self, dims, tokens, width):
-        """dims: the number of scalars of each task"""
+        """dims: the number of scalars of each embodiment"""
         super().__init__()
         self.tokens = tokens
-        self.heights = tuple(count * (1 + len(SCALES)) for count in dims)  # features of each task
+        self.heights = tuple(count * (1 + len(SCALES)) for count in dims)  # features of each
         maps = [torch.randn(height, tokens * width) / height**0.5 for height in self.heights]
         self.weight = nn.Parameter(torch.cat(maps))  # below each other
         self.bias = nn.Parameter(torch.randn(len(dims), tokens * width))  # keeps the tokens apart
         self.register_buffer("scales", torch.tensor(SCALES), persistent=False)
 
-    def forward(self, x, task, mean=None, std=None):
-        """x: (B, ..., dims), task: (B,), mean and std of each task: (tasks, dims), or none
-        -> (B, ..., tokens, W). What is past its own is ignored."""
-        tokens = task_linear(x, task, self.weight, self.bias, self.heights, self.scales, mean, std)
+    def forward(self, x, body, mean=None, std=None):
+        """x: (B, ..., dims), body: (B,), mean and std of each embodiment: (bodies, dims), or none
+        -> (B, ..., tokens, W). Columns past the embodiment's own are ignored."""
+        tokens = task_linear(x, body, self.weight, self.bias, self.heights, self.scales, mean, std)
         return tokens.unflatten(-1, (self.tokens, -1))
 
 
@@ -376,8 +377,8 @@ class Perceiver(nn.Module):
         return (*contexts, self.pixels(frames)), torch.cat([mask, seen], dim=1)
 
     def encode(self, obs, task, frames=None):
-        """obs: (B, O), task: (B,) int64, frames: as of `inputs` -> latents (B, L, W). What is past
-        its own is ignored."""
+        """obs: (B, O), task: (B,) int64, frames: as of `inputs` -> latents (B, L, W).
+        Columns past the task's own are ignored."""
         contexts, mask = self.inputs(obs, task, frames)
         latents = self.encoder(Shared(self.latents, task), *contexts, mask=mask)
         for block in self.blocks:
@@ -405,7 +406,7 @@ class Perceiver(nn.Module):
 
     def v(self, latents):
         """latents: (B, L, W) -> value logits (B, M)"""
-        query = Shared(self.v_query, latents[:, 0, 0])  # the same for all samples
+        query = Shared(self.v_query, latents.new_zeros(len(latents), dtype=torch.int64))
         return self.v_head(self.v_decoder(query, latents)).squeeze(1).float()
 
     def expectation(self, logits):

@@ -53,7 +53,7 @@ class TrainConfig:
     log_every: int = 50  # updates between lines of metrics.jsonl; 0: one at the end
     log: list[str] = None  # other loggers
     threads: int = None  # of the CPU (default: 1 for tiny and small, otherwise torch's choice)
-    device: str = None  # what computes (default: cuda if there is one; bf16 there)
+    device: str = None  # what computes (default: cuda if there is one, with bf16 from large on)
     compile: bool = False  # the loss, by torch.compile: faster after a minute or two; needs g++
     graph: bool = None  # each update as one CUDA graph: one launch (default: on one GPU, to xs)
     accumulate: int = 1  # work a batch off in so many parts, for less memory

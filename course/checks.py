@@ -172,9 +172,10 @@ def project(function):
 def bellman(function):
     logits = torch.tensor([[0.0, 1.0, -1.0, 0.5, 2.0]] * 2, requires_grad=True)
     probs = torch.cat([at(0), at(4)]).requires_grad_()
-    shift, scale = torch.tensor([0.25, 0.0]), torch.tensor([1.0, 0.5])
-    returns = torch.tensor([1.0, 0.0])
-    of_next, of_return = at(1, 2), at(4, 0)
+    shift, scale = torch.tensor([0.25, 0.1]), torch.tensor([1.0, 0.5])
+    returns = torch.tensor([1.2, 0.1])  # past the last atom, and between two
+    of_next = torch.stack([at(1)[0], torch.tensor([0, 0, 0.6, 0.4, 0])])
+    of_return = torch.stack([at(4)[0], torch.tensor([0.6, 0.4, 0, 0, 0])])
     log_probs = torch.log_softmax(logits.detach(), -1)
     for share, case in ((0.0, "a target made of the next state's value alone"),
                         (1.0, "a target made of the observed return alone"),
@@ -267,6 +268,10 @@ def sample(function):
     drawn = function(two, seeded(2, 4, 3))
     expect(drawn.sign(), torch.tensor([-1.0, 1.0])[:, None, None].expand(2, 4, 2),
            "two states, each with a policy of its own")
+    unlike = states(mixture((1.0, low), (0.0, high)), mixture((0.0, low), (1.0, high)))
+    drawn = function(unlike, seeded(2, 4, 3))
+    expect(drawn.sign(), torch.tensor([-1.0, 1.0])[:, None, None].expand(2, 4, 2),
+           "two states, each with components of its own weight")
     sharp = mixture((0.5, [[0.1, 0.3]]), (1.5, [[0.3, 0.1]]))
     drawn = function(sharp, noise[..., :2])[0, :, 0] > 0
     about(drawn.double().mean(), 0.25 * 0.75 + 0.75 * 0.25,
@@ -327,6 +332,9 @@ def weights_of_data(function):
     expect(function(torch.tensor([0.2, 0.4]), zero, 1, third), [0.5, 1.5],
            "the weights of two rows, one mean deviation below the mean and one above it")
     expect(function(torch.tensor([1.0, 7.0]), zero, 1, 0.0), [1, 1], "a focus of 0")
+    strong = torch.tensor([-3.0, 3.0]).exp()
+    expect(function(torch.tensor([0.2, 0.4]), zero, 1, 3.0), strong / strong.mean(),
+           "a focus of 3, and rows that are one mean deviation from the mean")
     tasks = torch.tensor([0, 1, 0, 1])
     expect(function(torch.tensor([0.2, 90.0, 0.4, 110.0]), tasks, 2, third), [0.5, 0.5, 1.5, 1.5],
            "two tasks whose returns are of unlike size")
@@ -437,6 +445,9 @@ def bootstrap_interval(function):
     low, high = function(apart, lambda samples: samples[1].mean() - samples[0].mean())
     expect([low, high], [10, 10], "two groups, within each of which all numbers are equal: drawn "
            "again, each is what it was")
+    low, high = function([np.zeros(10), sample], lambda samples: samples[1].mean())
+    if not 0.9 < (high - low) / (2 * 1.96 * sample.std() / len(sample) ** 0.5) < 1.1:
+        raise Wrong("a width: of two groups of 10 and 400 numbers, each keeps its own length")
 
 
 # ---------------------------------------------------------------- attention

@@ -62,6 +62,10 @@ WRONG = {
         ("torch.log_softmax(", "torch.softmax(", "a value"),
         (".sum(-1)", ".mean(-1)", "a value"),
         ("with torch.no_grad():", "if True:", "must not learn itself"),
+        ("returns, mc_share)\n", "(returns.clamp(0, 1) * 4).round() / 4, mc_share)\n",
+         "the observed return alone"),
+        ("(next_probs, shift, scale, returns", "(next_probs, (shift * 4).round() / 4, scale, returns",
+         "next state's value alone"),
     ],
     "log_prob": [
         (" * self.mask[:, None, :, None]", "", "a mask"),
@@ -92,6 +96,8 @@ WRONG = {
         ("noise[..., 0])  # (B, N)", "torch.rand_like(noise[..., 0]))", "two components: the same"),
         ("noise[..., 1:])", "noise[..., :-1])", "chose the component"),
         ("cdf_of_bins[rows, component]", "cdf_of_bins[0 * rows, component]", "two states"),
+        ("self.log_components.exp()", "self.log_components[:1].expand(len(noise), -1).exp()",
+         "components of its own weight"),
         ("draw(cdf_of_bins[rows, component], noise[..., 1:])",
          "(cdf_of_bins[rows, component] <= noise[..., 1:, None]).sum(-1).clamp(max="
          "cdf_of_bins.shape[-1] - 1)", "not normalised"),
@@ -122,6 +128,7 @@ WRONG = {
         ("merit - mean_per_task(merit, task, num_tasks)", "merit - merit.mean()", "two tasks"),
         ("w / mean_per_task(w, task, num_tasks)", "w / w.sum()", "one mean deviation"),
         (" + 1e-8", "", "one row"),
+        ("focus * scaled.clamp(-2, 2)", "(focus * scaled).clamp(-2, 2)", "a focus of 3"),
     ],
     "improvement_weights": [
         (" * spread[:, None]", "", "a tenth"),
@@ -162,6 +169,7 @@ WRONG = {
         ("[2.5, 97.5]", "[97.5, 2.5]", "an order"),
         ("len(x))", "len(x), replace=False)", "a width"),
         ("rng.choice(x, len(x))", "rng.choice(x, len(x) // 2)", "a width"),
+        ("rng.choice(x, len(x))", "rng.choice(x, len(samples[0]))", "its own length"),
         ("[rng.choice(x, len(x)) for x in samples]",
          "[rng.choice(np.concatenate(samples), len(x)) for x in samples]", "two groups"),
         ("[rng.choice(x, len(x)) for x in samples]",
