@@ -45,17 +45,10 @@ def name_of(way):
 
 def rows_of(table, run):
     """The rows of a run, by (way, task, episode)."""
-    try:
-        rows = [row for row in table.rows() if row["run"] == str(run)]
-        found = {((row["act"], row["eta"]), row["task"], row["episode"]): row for row in rows}
-        models = {row["model"] for row in rows}
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{table.path} is damaged: {error!r}") from None
-    if len(found) < len(rows):
-        raise RunError(f"{table.path} has an episode twice")
-    if len(models) > 1:
+    rows = [row for row in table.rows() if row["run"] == str(run)]
+    if len({row["model"] for row in rows}) > 1:
         raise RunError(f"{table.path} has episodes of several models that were called {run}")
-    return found
+    return {((row["act"], row["eta"]), row["task"], row["episode"]): row for row in rows}
 
 
 def fingerprint(model):

@@ -5,6 +5,7 @@ A run that was killed goes on from its checkpoint. One that has its rows is not 
 
 import argparse
 import csv
+import io
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,7 +24,7 @@ import numpy as np
 import prepare
 from behaviors import TASKS, TRANSITIONS
 from checkpoint import RunError, read_config
-from data import DataError, write_file
+from data import DataError, only_writer, write_file
 from eval import COUNT, EPISODES_FAILED, interval, iqm, shown
 from learner import settings_for
 from studies import RESULTS, print_table
@@ -31,6 +33,7 @@ from train import MAY_CHANGE, TrainConfig, idle, parse_args, steps_of
 SEEDS = (0, 1, 2)
 EPISODES = 20  # a task and run
 NUMBERS = {"seed": int, "score": lambda text: float(text) if text else None}  # of most tables
+WITHIN_RUN = ("task", "told", "words", "updates", "episode")  # they tell the rows of a run apart
 FILE_LOCK = RLock()  # several runs end at once
 GOES_ON = "stopped: the study goes on when it is started again"
 STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # exit codes after Ctrl-C and `kill`
@@ -61,14 +64,43 @@ class Table:
         self.configs = results / f"{name}-configs.json"
         self.runs = (folder or Path()) / "runs" / name
 
-    def rows(self):
+    def as_written(self):
+        """The rows, all of text. One that is not whole, or stands there twice, ends the command: it
+        would be shown as if it were a result."""
         if not self.path.exists():
             return []
-        with open(self.path) as file:
-            rows = list(csv.DictReader(file))
-        for row in rows:
+        with open(self.path, newline="") as file:
+            lines = file.read().splitlines(keepends=True)
+        rows, seen = [], set()
+        for line, row in enumerate(csv.DictReader(lines), 2):
+            whole = tuple(row) == self.columns and None not in row.values()
+            heads = tuple(row.values()) == self.columns  # a table that was put behind another
+            if not whole or heads or self.place(row) in seen:
+                self.refuse(line)
+            rows.append(row)
+            seen.add(self.place(row))
+        if lines and not lines[-1].endswith("\n"):
+            self.refuse(len(lines))
+        return rows
+
+    def refuse(self, line):
+        print(f"{self.path}, line {line}: it is cut off, or of another table, or its row stands "
+              "there twice; delete all rows of its run: they are made again", file=sys.stderr)
+        sys.exit(2)
+
+    def place(self, row):
+        """What tells a row from all others."""
+        names = [name for name in self.columns if name in self.key or name in WITHIN_RUN]
+        return tuple(str(row.get(name, "")) for name in names)
+
+    def rows(self):
+        rows = self.as_written()
+        for line, row in enumerate(rows, 2):
             for column, kind in self.numbers.items():
-                row[column] = kind(row[column])
+                try:
+                    row[column] = kind(row[column])
+                except ValueError:
+                    self.refuse(line)
         return rows
 
     def need_rows(self):
@@ -77,17 +109,21 @@ class Table:
             sys.exit(f"{self.path} has no row yet: run this without --table")
 
     def append(self, rows):
-        """Add rows, without what is not among the columns."""
-        with FILE_LOCK:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            before = self.path.read_bytes() if self.path.exists() else b""
-            whole = before.rfind(b"\n") + 1  # a kill may have cut the last row
-            with open(self.path, "a", newline="") as file:
-                file.truncate(whole)
-                writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
-                if not whole:
-                    writer.writeheader()
-                writer.writerows(rows)
+        """Add those of the rows that are not there, without what is not among the columns. The
+        table is replaced in one step: a kill cuts no row off."""
+        with self.alone():
+            before = self.as_written()
+            there, text = {self.place(row) for row in before}, io.StringIO(newline="")
+            writer = csv.DictWriter(text, self.columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows([*before, *(row for row in rows if self.place(row) not in there)])
+            write_file(self.path, text.getvalue())
+
+    @contextmanager
+    def alone(self):
+        """Hold the table: against other threads of this study, and against other studies."""
+        with FILE_LOCK, only_writer(self.path.parent, wait=True):
+            yield
 
     def kept_configs(self):
         return json.loads(self.configs.read_text()) if self.configs.exists() else {}
@@ -98,7 +134,7 @@ class Table:
         self.put_config(run.name, {key: config[key] for key in ("train", "settings")})
 
     def put_config(self, name, config):
-        with FILE_LOCK:
+        with self.alone():
             configs = self.kept_configs() | {name: config}
             write_file(self.configs, json.dumps(configs, indent=1, sort_keys=True) + "\n")
 
@@ -227,11 +263,22 @@ def result_of(path, command):
     Its output goes to a log beside the run's folder, which the summary is in.
     """
     log = Path(f"{path.parent}.log")
-    if not path.exists():
+    if not (summary := whole(path)):
         call(command, log)
+        summary = whole(path)
+    if not summary:
+        raise RunError(f"a run has left no {path} of its last update; {log} says more")
+    return summary
+
+
+def whole(path):
+    """The summary in `path`, if it is of its run's last update and of as many episodes as the run
+    was to have: whoever looked at a run on the way has left one of less."""
     if not path.exists():
-        raise RunError(f"a run has left no {path}; {log} says more")
-    return json.loads(path.read_text())
+        return None
+    summary, asked = json.loads(path.read_text()), read_config(path.parent)["train"]
+    last = int(summary["checkpoint"]) == asked["steps"]
+    return summary if last and summary["episodes"] >= asked["episodes"] else None
 
 
 def call(command, path):
@@ -330,7 +377,7 @@ def train(table, job, flags, other_act=None):
                    "--episodes", summary["episodes"]]
         summary = result_of(run / f"eval-{other_act}.json", command)
         rows += rows_of(summary, table, played_otherwise(job, other_act))
-    table.append([row for row in rows if table.missing([tuple(row[key] for key in table.key)])])
+    table.append(rows)
     table.keep_config(run)
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import prepare
-from checkpoint import RunError
 from envs import Play
 from model import Perceiver
 from studies import choice, pretrained
@@ -220,9 +219,9 @@ ROW = "runs/mine,00c0ffee,mean,,Reacher-v5,0,0.5\n"
     ("", "no episodes of runs/mine yet"),
     ("runs/other,00c0ffee,mean,,Reacher-v5,0,0.5\n", "no episodes of runs/mine yet"),
     (ROW, "lacks (('improved', '2'), 'Reacher-v5', 0)"),
-    (ROW + ROW, "has an episode twice"),
-    (ROW + "runs/mine,me", "is damaged"),
-    (ROW.replace("0.5", "half"), "is damaged"),
+    (ROW + ROW, "choice.csv, line 3: it is cut off"),
+    (ROW + "runs/mine,me", "choice.csv, line 3: it is cut off"),
+    (ROW.replace("0.5", "half"), "choice.csv, line 2: it is cut off"),
     (ROW + ROW.replace("00c0ffee,mean,,Reacher-v5,0", "00c0ffef,mean,,Reacher-v5,1"), "several models"),
 ])
 def test_a_table_that_is_not_whole(rows, says, tmp_path, capsys):
@@ -230,10 +229,12 @@ def test_a_table_that_is_not_whole(rows, says, tmp_path, capsys):
     assert says in ends_with_2(capsys, RUN, "--folder", tmp_path, "--table")
 
 
-def test_a_table_of_other_columns(tmp_path):
+def test_a_table_of_other_columns(tmp_path, capsys):
     (tmp_path / "choice.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(RunError, match="is damaged"):
+    with pytest.raises(SystemExit) as ended:
         scores_of(table_of(tmp_path), RUN)
+    assert ended.value.code == 2
+    assert "choice.csv, line 2: it is cut off, or of another table" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- studies.pretrained

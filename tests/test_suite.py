@@ -817,22 +817,89 @@ def test_a_run_that_fails_stops_no_other_and_the_command_ends_with_2(capsys):
 
 
 def test_a_command_that_leaves_no_result_is_named(tmp_path):
-    with pytest.raises(RunError, match="a run has left no .*eval.json; .*run.log says more"):
+    with pytest.raises(RunError, match="a run has left no .*eval.json of its last update; .*run.log says"):
         runs.result_of(tmp_path / "run/eval.json", ["-c", "pass"])
 
 
-def test_a_row_that_a_kill_has_cut_off_costs_that_row_alone(tmp_path):
+def three_rows(table):
+    table.append({"part": "levels", "algo": "pac", "seed": seed, "task": "a", "episodes": 1,
+                  "score": 0.25} for seed in (0, 1, 2))
+    return table.path.read_text()
+
+
+@pytest.mark.parametrize("damage, line", [
+    (lambda text: text[:-8], 4),  # a cell is missing
+    (lambda text: text[:-2], 4),  # 0.2 for 0.25
+    (lambda text: text[:7], 1),
+    (lambda text: text + text, 5),  # the head again
+    (lambda text: text + text.splitlines()[1] + "\n", 5),
+    (lambda text: text + text.splitlines()[1].replace("0.25", "0.75") + "\n", 5),
+    (lambda text: text.replace("pac,1,a", "pac,1,a,a"), 3),
+    (lambda text: text.replace("0.25", "0,25"), 2),
+    (lambda text: text.replace("pac,1,a", "pac,one,a"), 3)])
+def test_a_table_that_is_not_whole_is_named_and_neither_shown_nor_added_to(tmp_path, capsys, damage,
+                                                                          line):
     table = ladder.study1(tmp_path)
-    rows = [{"part": "levels", "algo": "pac", "seed": seed, "task": "a", "episodes": 1,
-             "score": 0.25} for seed in (0, 1, 2)]
-    table.append(rows[:2])
-    text = table.path.read_bytes()
-    table.path.write_bytes(text[:-6])
-    table.append(rows[2:])
-    assert [row["seed"] for row in table.rows()] == [0, 2]
-    table.path.write_bytes(b"part,al")  # the head is cut
-    table.append(rows)
-    assert [row["seed"] for row in table.rows()] == [0, 1, 2]
+    damaged = damage(three_rows(table))
+    table.path.write_text(damaged)
+    for use in (table.need_rows, lambda: table.missing([]), table.rows):
+        with pytest.raises(SystemExit) as ended:
+            use()
+        assert ended.value.code == 2
+        assert f"study1.csv, line {line}: it is cut off, or" in capsys.readouterr().err
+    assert table.path.read_text() == damaged
+
+
+def test_a_kill_while_a_row_is_added_leaves_the_table_as_it_was(tmp_path, monkeypatch):
+    table = ladder.study1(tmp_path)
+    text = three_rows(table)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        table.append([{"part": "beyond", "algo": "pac", "seed": 0, "task": "a"}])
+    assert table.path.read_text() == text
+
+
+def test_studies_that_end_at_once_lose_none_of_the_others_rows(tmp_path):
+    """Four processes, each with a table of its own on one file; and each adds its row twice."""
+    code = ("import sys; from pathlib import Path; from studies import ladder\n"
+            "table = ladder.study1(Path(sys.argv[1]))\n"
+            "for score in (0.5, 0.75):\n"
+            "    table.append([dict(part='levels', algo='pac', seed=int(sys.argv[2]), task='a',\n"
+            "                       episodes=1, score=score)])\n"
+            "table.put_config(sys.argv[2], {})\n")
+    started = [subprocess.Popen([sys.executable, "-c", code, tmp_path, str(seed)], cwd=ROOT)
+               for seed in range(4)]
+    assert [process.wait() for process in started] == [0] * 4
+    table = ladder.study1(tmp_path)
+    assert sorted((row["seed"], row["score"]) for row in table.rows()) == [
+        (seed, 0.5) for seed in range(4)]
+    assert sorted(table.kept_configs()) == ["0", "1", "2", "3"]
+
+
+def test_a_look_at_a_run_on_its_way_is_not_its_result(tmp_path):
+    """Nor is one of fewer episodes; the command is run for what is asked."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({
+        "format": FORMAT, "algo": "pac", "settings": {}, "model": {}, "tasks": [],
+        "train": {"steps": 400, "episodes": 20}}))
+
+    def evaluation(updates, episodes):
+        return json.dumps({"checkpoint": f"{updates:09d}", "episodes": episodes})
+
+    path = run / "eval.json"
+    command = ["-c", f"open({str(path)!r}, 'w').write({evaluation(400, 20)!r})"]
+    for updates, episodes in ((82, 20), (400, 1)):
+        path.write_text(evaluation(updates, episodes))
+        with pytest.raises(RunError, match="has left no .*eval.json of its last update"):
+            runs.result_of(path, ["-c", "pass"])
+        assert runs.result_of(path, command)["episodes"] == 20
+    path.write_text(evaluation(400, 50))
+    assert runs.result_of(path, ["-c", "1 / 0"])["episodes"] == 50  # not run
 
 
 def test_a_runs_folder_of_another_recipe_is_not_taken_for_this_one(tmp_path):
