@@ -24,6 +24,7 @@ import zlib
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
+from shlex import quote
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -90,7 +91,7 @@ def find_checkpoint(run, update=None):
     found = {int(path.name): path for path in checkpoints(run)}
     if not found:
         raise RunError(f"{run}: no checkpoint in {run}/checkpoints; train with "
-                       f"`python train.py --out {run}`")
+                       f"`python train.py --out {quote(str(run))}`")
     if update is None:
         return found[max(found)]
     if update not in found:
@@ -113,7 +114,8 @@ def verify(path):
     older = [int(other.name) for other in checkpoints(run) if other.name < path.name]
     advice = "there is none before it"
     if older:
-        advice = f"the one before it is used if you ask for it: --resume {run} --at {older[-1]}"
+        advice = ("the one before it is used if you ask for it: "
+                  f"--resume {quote(str(run))} --at {older[-1]}")
     try:
         stored = json.loads((path / "checkpoint.json").read_text())
         if stored["format"] != FORMAT or stored["updates"] != int(path.name):
@@ -215,7 +217,7 @@ def save(run, learner, keep):
             error = next(iter(error.failures.values()))[0]
         raise RunError(f"{path} could not be written ({error}); older checkpoints are as they "
                        "were. Free some space or mend the folder's permissions, then: "
-                       f"python train.py --resume {run}") from None
+                       f"python train.py --resume {quote(str(run))}") from None
 
 
 def finish(run, path, partial, updates, keep):

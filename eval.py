@@ -17,6 +17,7 @@ import argparse
 import math
 import signal
 import sys
+from pathlib import Path
 
 # The ways to act, see `act`, and how many actions each draws at a state.
 ACTS = {"improved": 64, "mean": 0, "sharpened": 0, "mode": 0, "sample": 1, "best": 16}
@@ -60,6 +61,10 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.video and (len(args.runs) > 1 or not args.video.endswith(VIDEOS)):
         parser.error(f"--video {args.video}: a .gif or .mp4 of one run")
+    if args.plot and not Path(args.plot).suffix:
+        parser.error(f"--plot {args.plot}: a name that ends in .png, .pdf or .svg, say")
+    if args.record and len(args.runs) > 1:
+        parser.error("--record: of one run at a time; the next one would play other episodes")
     return args
 
 
@@ -71,7 +76,6 @@ import json
 import re
 from collections import deque
 from errno import EACCES, EPERM, EROFS
-from pathlib import Path
 from zlib import crc32
 
 import numpy as np
@@ -82,7 +86,7 @@ import envs
 import parallel
 import plots
 import prepare
-from checkpoint import RunError, load_run
+from checkpoint import RunError, load_run, read_config
 from envs import Play
 from learner import improvement_weights
 from model import in_bf16
@@ -308,6 +312,29 @@ def evaluate(model, metas, episodes, seed=0, how="improved", eta=2.0):
 
 # ---------------------------------------------------------------- the command
 
+def refuse_unlike(runs, names=None):
+    """RunError for tasks of one name that are scored by other returns, or played elsewhere: their
+    scores would stand in one row. names: of the tasks that are played, or all"""
+    first = {}
+    for run in runs:
+        for meta in tasks_of(run):
+            if names and meta["name"] not in names:
+                continue
+            other, before = first.setdefault(meta["name"], (run, meta))
+            for key in ("env_id", *envs.KEPT, "reference"):
+                if meta.get(key) != before.get(key):
+                    raise RunError(f"{meta['name']} has {key} {meta.get(key)} in {run}, and "
+                                   f"{before.get(key)} in {other}: score them one by one")
+
+
+def tasks_of(run):
+    """The metas of a run's tasks; none of what is no run, which is said when its turn comes."""
+    try:
+        return read_config(run)["tasks"]
+    except RunError:
+        return []
+
+
 def compare(summaries, path):
     """The figure of several evaluations: of the scores, or where there are none of the returns.
 
@@ -325,6 +352,7 @@ def compare(summaries, path):
             points.append(point({"score": summary["iqm"], "interval": summary["interval"]}, what))
         if any(points):
             shown_as = f"./{run}" if run[0] == "_" else run  # a legend hides what begins so
+            shown_as = shown_as.replace("$", r"\$")  # and sets as a formula what stands between two
             methods[shown_as] = points
         else:
             print(f"{run} is left out of the figure: none of its tasks has a {what}")
@@ -349,7 +377,7 @@ def point(row, what):
 def file_of(act=None, eta=None, video=None, instruction=None, tasks=None):
     """eval.json for a full evaluation; a look at less, or another way to act, has its own name."""
     looks = [act, eta and f"eta{eta:g}", video and "video", instruction and told(instruction),
-             tasks and short("-".join(tasks))]
+             tasks and f"of-{short('-'.join(tasks))}"]
     return "-".join(["eval", *filter(None, looks)]) + ".json"
 
 
@@ -481,14 +509,20 @@ def main(args):
         print(f"eval.py: --video {args.video}: there is no folder {Path(args.video).parent}",
               file=sys.stderr)
         sys.exit(2)
-    for run in dict.fromkeys(str(Path(run)) for run in args.runs):
+    runs = list(dict.fromkeys(str(Path(run)) for run in args.runs))
+    try:
+        refuse_unlike(runs, args.tasks)
+    except RunError as error:
+        print(f"eval.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    for run in runs:
         try:
             summaries[run] = evaluate_run(run, args)
         except (RunError, data.DataError, OSError) as error:
             print(f"eval.py: {error}", file=sys.stderr)
             code = 2
     try:
-        if len(args.runs) > 1 or args.plot:
+        if len(runs) > 1 or args.plot:
             compare(summaries, args.plot or "compare.png")
     except (ValueError, OSError) as error:  # an unknown suffix, or a folder that is not there
         print(f"eval.py: {error}", file=sys.stderr)

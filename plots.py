@@ -99,7 +99,7 @@ def curve(run):
         ax.set_xlabel("update")
         if ax.get_legend_handles_labels()[0]:
             ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.suptitle(f"{run}; dotted: the warm-up ends")
+    figure.suptitle(f"{run}; dotted: the warm-up ends", parse_math=False)
     save(figure, run / "curve.png")
 
 
@@ -276,7 +276,10 @@ class Scene:
             raise RunError(f"{run}: no task {self.name!r}; it was trained on: {', '.join(names)}")
         self.index = names.index(self.name)
         self.meta = self.config["tasks"][self.index]
-        self.tasks = first_of(names, [folder] if folder else self.config["train"]["data"])
+        if folder:
+            prepare.open_tasks(folder, [self.name])
+        folders = [folder] if folder else []  # that may lack others of the run's tasks
+        self.tasks = first_of(names, folders + self.config["train"]["data"])
         for opened, meta in zip(self.tasks, self.config["tasks"]):
             prepare.must_agree(opened, meta, f"in {run}", AS_TRAINED)
         self.low, self.range = value_range(self.config["tasks"])
@@ -463,7 +466,8 @@ def attention_figure(scene):
                               layout="constrained")
     shown = ax.imshow(weights.numpy(), cmap="Greys", vmin=0, aspect="auto")
     ax.axvline(len(tokens) - 0.5, color="black", linewidth=0.8)
-    ax.set_xticks(range(weights.shape[1]), tokens + words, rotation=60, ha="right", fontsize=8)
+    ax.set_xticks(range(weights.shape[1]), tokens + words, rotation=60, ha="right", fontsize=8,
+                  parse_math=False)
     ax.set_yticks(range(len(weights)))
     ax.set_ylabel("latent")
     figure.colorbar(shown, ax=ax, label="attention")

@@ -135,11 +135,14 @@ import envs
 from behaviors import INSTRUCTIONS, collect, formats, suite
 from behaviors.imports import describe_import, report
 from behaviors.steps import Reading
-from data import RETURN, DataError, Task, append, notice, only_writer, progress, row_width
+from data import (RETURN, DataError, Task, append, commit, notice, only_writer, progress,
+                  row_width)
 
 # What sources of one task must agree on.
 MUST_AGREE = ("env_id", *envs.KEPT, "obs_dim", "action_dim", "action_low", "action_high",
               "discount", "embodiment", "instruction", "frame")
+# Where both say it.
+IF_KNOWN = ("reference", "read_parts")
 # What a meta says of the episodes there are.
 COUNTED = ("name", "episodes", "transitions", "return", "checksum", "sources", "played")
 
@@ -214,6 +217,23 @@ def refuse_twice(folders):
         seen.add(real)
 
 
+def tell_of_copies(tasks):
+    """DataError for two sources of a task that have the same episodes, and a line on two that share
+    some: they count twice."""
+    for number, task in enumerate(tasks):
+        for other in tasks[:number]:
+            if other.name != task.name:
+                continue
+            if other.meta["checksum"] == task.meta["checksum"]:
+                raise DataError(f"{task.folder} and {other.folder} have the same episodes: "
+                                "give one")
+            one, two = (set(source.episodes[["length", "return", "checksum"]].tolist())
+                        for source in (task, other))
+            if one & two:
+                notice(f"{task.folder} and {other.folder} share {len(one & two):,} episode(s), "
+                       "which count twice")
+
+
 def open_sources(folders, names=None, weights=None, alphas=None, check=True):
     """Several data sets as keyword arguments of Sampler: their tasks, how often each is drawn, its
     alpha, and its odds beside the other sources of the task.
@@ -231,6 +251,7 @@ def open_sources(folders, names=None, weights=None, alphas=None, check=True):
         odds += [weight] * len(opened)
         if alphas:
             alphas_of_tasks += [alphas[number]] * len(opened)
+    tell_of_copies(tasks)
     if check:
         verify(tasks)
     return dict(tasks=tasks, weights=of_tasks, alphas=alphas_of_tasks or None, odds=odds)
@@ -247,12 +268,11 @@ def merged_metas(tasks):
         one = metas.setdefault(task.name, meta)
         if one is meta:
             continue
-        must_agree(task, one, "in another source", fitted=": import both with --no-fit-actions")
-        if meta["reference"] != one["reference"]:
-            if meta["reference"] and one["reference"]:
-                raise DataError(f"{task.folder}/meta.json: reference is {meta['reference']}, but "
-                                f"{one['reference']} in another source")
-            one["reference"] = one["reference"] or meta["reference"]
+        must_agree(task, one, "in another source", both_say(one, meta),
+                   ": import both with --no-fit-actions")
+        for key in IF_KNOWN:
+            if meta.get(key) and not one.get(key):
+                one[key] = meta[key]
         ranges = one["return_to_go"] + meta["return_to_go"]
         one["return_to_go"] = [min(ranges), max(ranges)]
         if told := [*one.get("paraphrases", ()), *meta.get("paraphrases", ())]:
@@ -262,7 +282,12 @@ def merged_metas(tasks):
     return list(metas.values())
 
 
-def must_agree(task, meta, where, keys=MUST_AGREE, fitted=""):
+def both_say(meta, other):
+    """What two metas of one task have to agree on."""
+    return [*MUST_AGREE, *(key for key in IF_KNOWN if meta.get(key) and other.get(key))]
+
+
+def must_agree(task, meta, where, keys, fitted=""):
     """DataError if a task's meta differs from another one's. fitted: what to do about boxes"""
     for key in keys:
         if task.meta.get(key) != meta.get(key):
@@ -274,7 +299,8 @@ def must_agree(task, meta, where, keys=MUST_AGREE, fitted=""):
 def refuse_other(folder, meta):
     """DataError if a task's folder holds episodes that those of `meta` cannot be put behind."""
     if (Path(folder) / "meta.json").exists():
-        must_agree(Task(folder), meta, "in what is to be appended")
+        task = Task(folder)
+        must_agree(task, meta, "in what is to be appended", both_say(task.meta, meta))
 
 
 def anew(meta):
@@ -457,6 +483,11 @@ def run_import(args):
     with new_target(args.out / name) as partial:
         episodes = progress(read(reading), desc="import", unit="episode", delay=2)
         tally = append(partial, episodes, meta, args.source, args.skip_bad)
+        if reading.parts and not reading.obs_parts:
+            said = ", ".join(f"{name} ({width})" for name, width in reading.parts)
+            notice(f"{args.source}: observations of {said}, in this order")
+            task = Task(partial)
+            commit(partial, {**task.meta, "read_parts": reading.parts}, task.episodes.tolist())
         for what, (count, first) in reading.notes.items():
             notice(f"{args.source}: {count:,} {what}; the first: {first}")
         long = Task(partial).episodes["length"] > (reading.longest or np.inf)
@@ -493,6 +524,7 @@ def run_mix(args):
     sources = []
     for folder, share in zip(args.sources, shares):
         sources += [(task, share) for task in open_tasks(folder)]
+    tell_of_copies([task for task, _ in sources])
     rng = np.random.default_rng(args.seed)
     with new_target(args.out) as partial:
         for merged in merged_metas([task for task, _ in sources]):

@@ -23,6 +23,7 @@ import signal
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 STEPS = {"tiny": 600, "small": 10_000}  # updates by default; other sizes: 100,000
 ONE_THREAD = ("tiny", "small")  # beside other work on the cores, a second made a run 8 times slower
@@ -303,8 +304,10 @@ def new_run(flags):
     # config.json makes a folder a run: what a run killed before that has left is no obstacle.
     out = Path(config.out)
     found = {path.name for path in out.iterdir()} if out.exists() else set()
-    if parallel.RANK == 0 and found - {".lock", "checkpoints", "config.json.partial"}:
-        raise RunError(f"{out} is in use: continue it with --resume {out}, or choose another --out")
+    ours = found - {".lock", "checkpoints", "config.json.partial"}
+    if parallel.RANK == 0 and (ours or checkpoints(out)):
+        raise RunError(f"{out} is in use: continue it with --resume {quote(config.out)}, or choose "
+                       "another --out")
     return config, settings
 
 
@@ -592,7 +595,8 @@ def train(config, settings, sources, run, resume=None, at=None):
                 save(run, learner, config.keep)
     batches.close()
     if stopped:
-        print(f"stopped at update {learner.updates:,}; go on with: python train.py --resume {run}")
+        print(f"stopped at update {learner.updates:,}; go on with: "
+              f"python train.py --resume {quote(str(run))}")
         sys.exit(128 + stopped)
     stop.default()  # all is saved: from here on a signal ends at once
     target = parallel.gathered(learner.target_model)
@@ -614,7 +618,8 @@ def finish(run, config, settings, target, metas):
         write_summary(kept_path(run / file_of(), summary), summary)
         failed = summary["failed"]
     curve(run)
-    print(f"the run is in {run}; look closer with: python eval.py {run} --episodes 20")
+    print(f"the run is in {run}; look closer with: python eval.py {quote(str(run))} "
+          "--episodes 20")
     if failed:
         sys.exit(EPISODES_FAILED)
 

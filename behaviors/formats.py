@@ -39,7 +39,13 @@ def read_npz(source, reading):
     A file with `indices` holds several episodes: where they begin in the arrays, as `imitation` has
     them.
     """
-    paths = sorted(Path(source).glob("*.npz")) if Path(source).is_dir() else [Path(source)]
+    paths = [Path(source)]
+    if paths[0].is_dir():
+        paths = sorted(paths[0].glob("*.npz"))
+        others = sorted({path for path in Path(source).rglob("*")
+                         if path.suffix.lower() == ".npz"} - set(paths))
+        if others:
+            reading.note(f"file(s) left out, which are not {source}/*.npz", len(others), others[0])
 
     def read(where, path):
         reading.without_parts(where)

@@ -29,6 +29,12 @@ def describe_import(args, about):
     discount = about.get("discount", 0.99) if args.discount is None else args.discount
     instruction = args.instruction or about.get("instruction") or env_id
     meta = envs.describe(env_id, instruction, discount, reference, **kept)
+    said = envs.only_changes(env_id, {key: about.get(key) for key in envs.KEPT})
+    changed = [key for key in ("env_args", "max_episode_steps") if meta.get(key) != said.get(key)]
+    if reference and changed and not args.reference:
+        meta["reference"] = None
+        notice(f"{args.source}: its reference is left out, for it is of another {changed[0]}: "
+               "without one there are returns and no scores; --reference gives one")
     if about.get("frame"):
         meta["frame"] = frame = about["frame"]
         if len(frame) != 3 or min(frame[:2]) < 8:

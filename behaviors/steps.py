@@ -25,6 +25,8 @@ class Reading:
     obs_keys: list = None  # the parts of observations to take, in order (default: all, by name)
     obs_parts: dict = None  # what the environment's observations are of, {name: width}
     rewards: bool = True  # False: 0 where a source has none
+    task: int = None  # of LeRobot's tasks, that of the episodes so far
+    parts: list = None  # what the observations were of: [[name, width], ...], in their order
     notes: dict = field(default_factory=dict)  # {what was done: (how often, where first)}
 
     def note(self, what, count, where):
@@ -74,8 +76,10 @@ def vectors(obs, reading, where):
     if reading.obs_parts and [*widths.items()] != [*reading.obs_parts.items()]:  # the order too
         raise DataError(f"{where}: observations of {said}; the environment's are of "
                         f"{', '.join(f'{n} ({w})' for n, w in reading.obs_parts.items())}")
-    if not reading.obs_parts:
-        reading.note(f"episode(s) with observations of {said}, in this order", 1, where)
+    parts = [[name, width] for name, width in widths.items()]
+    if reading.parts not in (None, parts):
+        raise DataError(f"{where}: observations of {said}, and those before of {reading.parts}")
+    reading.parts = parts
     return flatten(tuple(obs[name] for name in names))
 
 

@@ -52,6 +52,13 @@ def read_lerobot(folder, reading):
 def read_steps(where, table, reading):
     """The steps of one of LeRobot's episodes."""
     count, obs = len(table), {}
+    if "task_index" in table.column_names:
+        task = int(numbers(table["task_index"])[0])
+        if reading.task is None:
+            reading.task = task
+        if task != reading.task:
+            raise DataError(f"{where}: task_index is {task}, and {reading.task} before: one task "
+                            "is imported at a time; with --skip-bad that is the first one's")
     if not np.array_equal(numbers(table["frame_index"]), np.arange(count)):
         raise DataError(f"{where}: frame_index is not 0, 1, 2 ...: steps are missing")
     for name in table.column_names:

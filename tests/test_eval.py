@@ -302,8 +302,8 @@ def test_no_episode_is_recorded_twice_though_some_fail(trained, tmp_path, monkey
     task, = prepare.open_tasks(tmp_path / "own")
     assert len(set(starts)) == len(starts) == 10
     assert len(set(task.episodes["checksum"])) == len(task.episodes) == 6
-    first = json.loads((trained / f"eval-{REACHER}.json").read_text())
-    second = json.loads((trained / f"eval-{REACHER}-from-episode-5.json").read_text())
+    first = json.loads((trained / f"eval-of-{REACHER}.json").read_text())
+    second = json.loads((trained / f"eval-of-{REACHER}-from-episode-5.json").read_text())
     assert (first["first"], second["first"]) == (0, 5)
     for summary, mine in ((first, slice(3)), (second, slice(3, 6))):
         returns = summary["tasks"][REACHER]["returns"]
@@ -334,12 +334,12 @@ def test_only_a_full_evaluation_writes_eval_json(trained, tmp_path, monkeypatch,
     assert full["checkpoint"] == "000000010" and list(full["tasks"]) == [HOPPER, REACHER]
     video = tmp_path / "video.gif"
     for flags, name in [
-        (["--tasks", HOPPER], f"eval-{HOPPER}.json"),
+        (["--tasks", HOPPER], f"eval-of-{HOPPER}.json"),
         (["--act", "mean"], "eval-mean.json"),
         (["--eta", 0.5], "eval-eta0.5.json"),
         (["--video", video], "eval-video.json"),
         ([], "eval-1-episodes.json"),
-        (["--act", "mean", "--tasks", HOPPER], f"eval-mean-{HOPPER}.json"),
+        (["--act", "mean", "--tasks", HOPPER], f"eval-mean-of-{HOPPER}.json"),
     ]:
         command(trained, "--episodes", 1, *flags)
         names.add(name)
@@ -437,6 +437,49 @@ def test_comparison_figure(trained, original, tmp_path):
     other = shutil.copytree(original, tmp_path / "other")
     command(trained, other, "--episodes", 1, "--tasks", REACHER, "--plot", path)
     assert path.stat().st_size > 5_000
+
+
+@pytest.mark.parametrize("key, value", [
+    ("reference", {"random": -50.0, "expert": -5.0}), ("env_id", "Reacher-v4"),
+    ("max_episode_steps", 10), ("env_args", {"reward_dist_weight": 10})])
+def test_runs_whose_scores_mean_other_things_are_not_compared(trained, original, tmp_path, capsys,
+                                                              key, value):
+    other = shutil.copytree(original, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["tasks"][1][key] = value
+    (other / "config.json").write_text(json.dumps(config))
+    ends_with(2, trained, other, "--episodes", 1)
+    said = capsys.readouterr()
+    assert f"eval.py: {REACHER} has {key} {value} in {other}, and " in said.err
+    assert not said.out and not (trained / "eval.json").exists()  # nothing was played
+    evaluation.refuse_unlike([trained, other], [HOPPER])  # the other task is the same in both
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["b", "--record", "own"], "--record: of one run at a time"),
+    (["--plot", "figure"], "--plot figure: a name that ends in .png")])
+def test_flags_that_cannot_do_what_they_say_are_refused(trained, capsys, flags, said):
+    with pytest.raises(SystemExit) as end:
+        command(trained, *flags)
+    assert end.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_figures_of_runs_with_dollars_in_their_names(trained, tmp_path, monkeypatch):
+    """matplotlib takes what stands between two for a formula."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a$1_$2", "b$x$"):
+        shutil.copytree(trained, name)
+        plots.curve(name)
+    legends = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: (
+        figure.savefig(path), legends.extend(figure.legends)))
+    command("a$1_$2", "b$x$", "--episodes", 1, "--tasks", REACHER)
+    assert [text.get_text() for text in legends[0].texts] == [r"a\$1_\$2", r"b\$x\$"]
+
+
+def test_a_task_that_is_called_as_a_way_to_act_has_a_file_of_its_own():
+    assert evaluation.file_of(tasks=["mean"]) != evaluation.file_of(act="mean")
+    assert evaluation.file_of(tasks=["video"]) != evaluation.file_of(video="a.gif")
 
 
 def test_a_figure_has_no_row_without_a_number(monkeypatch):

@@ -1,6 +1,7 @@
 """What `python plots.py RUN` draws: the numbers behind the figures, and which figures there are."""
 
 import json
+import shutil
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -229,6 +230,15 @@ def test_data_that_the_model_cannot_look_at_is_one_line(run, tmp_path, capsys, k
     assert capsys.readouterr().err == (f"plots.py: {tmp_path}/other/{HOPPER}/meta.json: {key} is "
                                        f"{value}, but {found} in {run}\n")
     assert not (tmp_path / "figures").exists()
+
+
+def test_data_may_lack_other_tasks_of_the_run(run, small_data, tmp_path, capsys):
+    """As episodes have that were recorded of some tasks alone: the others' are the training's."""
+    own = shutil.copytree(small_data / REACHER, tmp_path / "own" / REACHER).parent
+    scene = plots.Scene(run, REACHER, own)
+    assert [task.folder for task in scene.tasks] == [small_data / HOPPER, own / REACHER]
+    with pytest.raises(DataError, match=f"own: no task '{HOPPER}'; there are: {REACHER}"):
+        plots.Scene(run, HOPPER, own)
 
 
 def test_what_cannot_be_filmed_costs_the_frames_alone(run, tmp_path, monkeypatch, capsys):

@@ -76,9 +76,9 @@ def test_merged_metas_have_the_range_of_all_returns(tmp_path):
     ((["x"], None), ["x"]), ((None, None), None),
 ])
 def test_paraphrases_are_those_of_all_sources_in_a_mix_too(tmp_path, paraphrases, found):
-    for name, told in zip(("one", "two"), paraphrases):
+    for number, (name, told) in enumerate(zip(("one", "two"), paraphrases)):
         meta = {**task_meta(), "paraphrases": told} if told else task_meta()
-        data.append(tmp_path / name / "a", [numbered(0, 5)], meta)
+        data.append(tmp_path / name / "a", [numbered(number, 5)], meta)
     folders = [tmp_path / "one", tmp_path / "two"]
     tasks = open_sources(folders)["tasks"]
     merged, = merged_metas(tasks)
@@ -89,8 +89,8 @@ def test_paraphrases_are_those_of_all_sources_in_a_mix_too(tmp_path, paraphrases
 
 
 def test_a_folder_s_weight_is_shared_by_its_tasks(tmp_path):
-    for name in ("one/a", "one/b", "two/a"):
-        write_task(tmp_path / name, [20])
+    for name, length in (("one/a", 20), ("one/b", 20), ("two/a", 21)):
+        write_task(tmp_path / name, [length])
     folders = [tmp_path / "one", tmp_path / "two"]
     sources = open_sources(folders, weights=[3, 1], alphas=[0.1, 0.2])
     assert sources["weights"] == [1.5, 1.5, 1]

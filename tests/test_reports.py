@@ -6,6 +6,8 @@ before anything is written.
 
 import json
 import re
+import shutil
+from contextlib import nullcontext
 
 import gymnasium
 import numpy as np
@@ -259,6 +261,36 @@ def test_keys_of_a_minari_set_without_parts_are_refused(capsys):
     refused(capsys, "--obs-keys", "a", source="minari:own/a-v0", message=".*have no parts")
 
 
+def robomimic(path):
+    """Two episodes of 20 steps, whose observations are of `arm` (1) and `target` (2)."""
+    rng = np.random.default_rng(len(path))
+    with pytest.importorskip("h5py").File(path, "w") as file:
+        for demo in ("data/demo_0", "data/demo_1"):
+            obs = rng.normal(size=(21, 3))
+            for name, part in (("arm", slice(0, 1)), ("target", slice(1, 3))):
+                file[f"{demo}/obs/{name}"] = obs[:-1, part]
+                file[f"{demo}/next_obs/{name}"] = obs[1:, part]
+            file[f"{demo}/actions"] = rng.uniform(-1, 1, (20, 2))
+            file[f"{demo}/rewards"], file[f"{demo}/dones"] = np.zeros(20), np.zeros(20, int)
+
+
+def test_parts_in_another_order_are_not_mixed(capsys):
+    """0 would be the arm in one source, and the target in the other."""
+    for number, (path, keys) in enumerate((("one.hdf5", []), ("two.hdf5", ["target", "arm"]),
+                                           ("three.hdf5", ["arm", "target"]))):
+        robomimic(path)
+        flags = ["--obs-keys", *keys] if keys else []
+        command("import", path, str(number), "--env-id", ODD, "--task", "a", *flags)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "one.hdf5: observations of arm (1), target (2), in this order"
+    assert said[1] == "two.hdf5: observations of target (2), arm (1), in this order"
+    assert "read_parts is [['target', 2], ['arm', 1]], but" in refusal(capsys, "mix", "both", 0, 1)
+    with pytest.raises(data.DataError, match="read_parts is"):
+        prepare.merged_metas([data.Task("0/a"), data.Task("1/a")])
+    command("mix", "both", "0", "2")
+    assert data.Task("both/a").meta["read_parts"] == [["arm", 1], ["target", 2]]
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_data_and_environment_are_flattened_alike(capsys):
     """A Minari set of dicts: a stored row is what the environment's first observation is."""
@@ -323,6 +355,31 @@ def test_a_set_or_a_task_named_twice_does_not_count_twice(tmp_path, capsys):
     assert not data.Path("both").exists()
 
 
+def test_the_same_episodes_under_other_names_are_refused_or_counted(tmp_path, capsys):
+    """Links, copies, and mixes of what is given beside them: they would count twice in silence."""
+    write_task("set/a", [3, 4, 5])
+    for folder in ("linked", "copied"):
+        data.Path(folder).mkdir()
+    data.Path("linked/a").symlink_to(data.Path("set/a").resolve())
+    shutil.copytree("set/a", "copied/a")
+    for folder in ("linked", "copied"):
+        said = f"{folder}/a and set/a have the same episodes: give one"
+        assert said in refusal(capsys, "mix", "both", "set", folder)
+        with pytest.raises(data.DataError, match=said):
+            prepare.open_sources(["set", folder])
+    assert not data.Path("both").exists()
+    data.append("more/a", [numbered(1, 4), numbered(7, 4)], task_meta())
+    capsys.readouterr()
+    prepare.open_sources(["set", "more"])
+    assert capsys.readouterr().err == "more/a and set/a share 1 episode(s), which count twice\n"
+    command("mix", "both", "set", "more")
+    assert "more/a and set/a share 1 episode(s)" in capsys.readouterr().err
+    other = {**task_meta(), "instruction": "go"}  # another task
+    data.append("other/b", [numbered(1, 4)], other)
+    prepare.open_sources(["set", "other"])
+    assert capsys.readouterr().err == ""
+
+
 def test_a_folder_that_is_no_set_says_which_is(tmp_path):
     write_task(tmp_path / "sets/one/a", [3])
     for folder, said in (("sets", "there are some in it: sets/one$"),
@@ -368,6 +425,37 @@ def test_references_that_differ_are_refused(capsys):
         data.append(f"{number}/a", [numbered(number, 5)], meta)
     assert "reference is {'random': 1.0, 'expert': 8.0}, but" in refusal(capsys, "mix", "c", 0, 1)
     assert not data.Path("c").exists()
+    for reference, message in ((OTHER, "1.0, 'expert': 9.0}, but"), (ONE, None), (None, None)):
+        meta = {**task_meta(), "reference": reference}
+        with pytest.raises(data.DataError, match=message) if message else nullcontext():
+            prepare.refuse_other("0/a", meta)  # as where episodes are recorded
+
+
+@pytest.mark.parametrize("flags, said", [
+    ("--max-episode-steps 10", "is of another max_episode_steps"),
+    ("--max-episode-steps 50", None),  # as it is registered
+    ('--env-args {"reward_dist_weight":10}', "is of another env_args"),
+    ("--max-episode-steps 10 --reference -1 1", None)])
+def test_a_reference_of_another_environment_is_left_out(capsys, flags, said):
+    walks(obs_dim=10)
+    data.Path("walks/task.json").write_text(json.dumps({
+        "env_id": "Reacher-v5", "reference": {"random": -5.0, "expert": 5.0}}))
+    kept = {"random": -1.0, "expert": 1.0} if "--reference" in flags else {"random": -5.0,
+                                                                          "expert": 5.0}
+    task = imported(*flags.split(), env_id="Reacher-v5")
+    assert task.meta["reference"] == (None if said else kept)
+    err = capsys.readouterr().err
+    assert (said in err and "its reference is left out" in err) if said else "left out" not in err
+
+
+def test_files_that_are_not_read_are_counted(capsys):
+    walks()
+    data.Path("walks/more/still").mkdir(parents=True)
+    for name in ("more/000.npz", "more/still/000.npz", "x.NPZ"):
+        shutil.copy("walks/000.npz", f"walks/{name}")
+    assert len(imported().episodes) == 6
+    assert "3 file(s) left out, which are not walks/*.npz; the first: walks/more" in (
+        capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("flags, message", [

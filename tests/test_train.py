@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import checkpoint
 import train
-from checkpoint import LOGGERS, find_checkpoint, read_config
+from checkpoint import LOGGERS, RunError, find_checkpoint, read_config
 from data import MERITS, append
 from learner import ALGORITHMS, CRITICS, RENAMED, LossSettings, settings_for
 from model import SIZES
@@ -265,6 +265,21 @@ def test_a_folder_in_use_is_left_alone(capsys, done, new):
     before = contents(done)
     assert "is in use" in refused(capsys, *new)
     assert before == contents(done)
+
+
+def test_checkpoints_without_their_run_are_no_start_of_another(capsys, done, new):
+    """The new run's own would be fewer, and the newest of all the old run's."""
+    for path in done.iterdir():
+        if path.name != "checkpoints":
+            path.unlink()
+    before = contents(done)
+    assert "is in use" in refused(capsys, *new)
+    assert before == contents(done)
+
+
+def test_commands_that_are_told_can_be_pasted(tmp_path):
+    with pytest.raises(RunError, match="train with `python train.py --out '.*/my run'`"):
+        find_checkpoint(tmp_path / "my run")
 
 
 def test_resume_names_the_flag_that_differs(capsys, done):

@@ -108,7 +108,7 @@ def test_a_learner_takes_turns_and_the_scale_is_of_the_embodiment():
 
 
 def test_what_was_told_is_in_the_evaluations_name():
-    assert file_of(instruction="go to it", tasks=["push"]) == "eval-told-go-to-it-push.json"
+    assert file_of(instruction="go to it", tasks=["push"]) == "eval-told-go-to-it-of-push.json"
     many = [file_of(tasks=[name] * 40) for name in ("push", "pull", "\u63a8" * 9)]
     assert len(set(many)) == 3 and max(len(name.encode()) for name in many) < 120
 
