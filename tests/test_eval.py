@@ -277,7 +277,7 @@ def test_record_and_evaluate_from_the_run_alone(trained, tmp_path, capsys):
     task, = prepare.open_tasks(tmp_path / "own")
     prepare.verify([task])
     assert task.meta["episodes"] == 5 and task.meta["transitions"] == 250
-    summary = json.loads((trained / f"eval-sample-{REACHER}.json").read_text())
+    summary = json.loads((trained / f"eval-sample-of-{REACHER}.json").read_text())
     recorded = summary["tasks"][REACHER]["returns"]
     np.testing.assert_allclose(task.episodes["return"][2:], recorded, rtol=1e-5)
     printed = capsys.readouterr().out
