@@ -496,36 +496,42 @@ class Worth:
     2306.13085) advise for mixed data of which the good part is small.
     """
 
-    def __init__(self, tasks, focus, merit):
-        """tasks: sources of one task; merit: one of MERITS"""
+    def __init__(self, sources, focus, merit):
+        """sources: of one task, (Task, its chosen episodes, how often it is drawn); merit: one of
+        MERITS"""
         self.focus = focus
-        steps, returns = [], []
-        for task in tasks:
-            numbers = np.linspace(0, len(task.episodes) - 1, EPISODES_READ).round().astype(int)
-            for number in np.unique(numbers):
-                returns.append(task.episode_rows(number)[:-1, RETURN])
-                steps.append(np.arange(len(returns[-1])))
+        steps, returns, odds = [], [], []
+        for task, episodes, often in sources:
+            numbers = np.linspace(0, len(episodes) - 1, EPISODES_READ).round().astype(int)
+            read = episodes[np.unique(numbers)]
+            for start, length in zip(read["start"], read["length"]):
+                returns.append(task.rows()[start:start + length, RETURN])
+                steps.append(np.arange(length))
+            odds.append(np.full(read["length"].sum(), often / read["length"].sum()))
         steps, returns = np.concatenate(steps), np.concatenate(returns).astype(np.float64)
-        longest = max(task.episodes["length"].max() for task in tasks)
-        self.usual = self.measure(steps, returns, longest, MERITS[merit])
+        longest = max(episodes["length"].max() for _, episodes, _ in sources)
+        self.usual = self.measure(steps, returns, np.concatenate(odds), longest, MERITS[merit])
 
-    def measure(self, steps, returns, longest, parts):
+    def measure(self, steps, returns, odds, longest, parts):
         """Of each step the mean return, the mean deviation and the mean weight. (longest, 3)
 
-        Neighbouring steps are taken together, as one of `parts` with equally many transitions.
+        Neighbouring steps are taken together, as one of `parts` with equally many transitions. odds
+        (B,): how often each transition is drawn.
         """
         counts = np.bincount(steps, minlength=longest)
         part = parts * (counts.cumsum() - counts) // len(steps)  # of each step
         part[steps.max():] = part[steps.max()]  # later ones than any that was read
 
         def mean(values):
-            sizes = np.bincount(part[steps], minlength=parts)
-            return (np.bincount(part[steps], values, parts) / np.maximum(sizes, 1))[part]
+            sums = np.bincount(part[steps], odds * values, parts)
+            return (sums / np.maximum(np.bincount(part[steps], odds, parts), 1e-100))[part]
 
         usual = mean(returns)
         deviation = mean(np.abs(returns - usual[steps]))
         # Returns that are alike but for rounding shall count alike.
-        least = 0.01 * np.abs(returns - returns.mean()).mean() + 1e-4 * np.abs(returns).mean()
+        middle = np.average(returns, weights=odds)
+        apart = np.average(np.abs(returns - middle), weights=odds)
+        least = 0.01 * apart + 1e-4 * np.average(np.abs(returns), weights=odds)
         deviation = np.maximum(deviation, least + 1e-12)
         weights = self.weights(returns, usual[steps], deviation[steps])
         return np.stack([usual, deviation, mean(weights)], axis=1)
@@ -611,8 +617,10 @@ class Sampler:
         self.density = (length - 1e-6) / np.maximum(chance, 1e-100)
         self.worths = []  # of each task
         if focus:
-            of_name = [[task for task in tasks if task.name == name] for name in names]
-            self.worths = [Worth(sources, focus, merit) for sources in of_name]
+            drawn = [one for one in zip(tasks, chosen, weights) if len(one[1])]
+            for name in names:
+                of_name = [one for one in drawn if one[0].name == name]
+                self.worths.append(Worth(of_name, focus, merit))
 
     def draw(self, rngs, rank=0, ranks=1):
         """The windows of a batch for each of `rngs`, one batch after the other, each (len(rngs) *

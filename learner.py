@@ -111,11 +111,17 @@ def n_step_return(batch, discount):
 
 # ---------------------------------------------------------------- weights of the data
 
-def mean_per_task(x, task, num_tasks):
-    """x (B,) -> (B,), each the mean over the rows of its task, on all ranks; without gradient"""
+def means_of_tasks(x, task, num_tasks):
+    """x (B,) -> (tasks,), each the mean over a task's rows, on all ranks, and nan of one that has
+    none; without gradient"""
     sums = x.new_zeros(2, num_tasks).index_add_(1, task, torch.stack([x, torch.ones_like(x)]))
     parallel.add_over_ranks(sums)
-    return (sums[0] / sums[1])[task]  # nobody asks for a task without rows
+    return sums[0] / sums[1]
+
+
+def mean_per_task(x, task, num_tasks):
+    """x (B,) -> (B,), each the mean over the rows of its task"""
+    return means_of_tasks(x, task, num_tasks)[task]
 
 
 def data_weights(merit, task, num_tasks, focus):
@@ -193,6 +199,7 @@ class Learner:
         self.settings, self.total_updates = settings, total_updates
         self.device, self.accumulate, self.updates = torch.device(device), accumulate, 0
         self.waits = self.device.type != "cuda"  # may the host read a result in every update?
+        self.averages = False  # Q's spread, in this update; see follow_spread
         self.with_metrics = True  # beside the loss and its gradient's norm, which are always there
         self.skipped = torch.zeros((), device=self.device)  # updates since the first that failed
         with torch.random.fork_rng(devices=[]):
@@ -357,12 +364,13 @@ class Learner:
 
     def follow_spread(self, q, task):
         """Keep the running average, by task, of Q's spread over a state's actions. q (B, N)"""
-        spread = mean_per_task(q.std(1), task, self.num_tasks)
-        if self.updates > self.warmup_updates:  # before, there is nothing to average with
-            old = self.target_model.q_spread[task]
+        old = self.target_model.q_spread  # (tasks,)
+        spread = means_of_tasks(q.std(1), task, self.num_tasks)
+        met = ~spread.isnan()
+        if self.averages:
             average = torch.lerp(old, spread, 0.01)
             spread = torch.where(old == 1, spread, average)  # 1: not met before
-        self.target_model.q_spread[task] = spread
+        old.copy_(torch.where(met, spread, old))
 
     @torch.no_grad()
     def measure_spread(self, batch):
@@ -371,9 +379,8 @@ class Learner:
         """
         if self.updates <= self.warmup_updates and self.settings.beta > 0:
             generator = torch.Generator(self.device).manual_seed(0)
-            part = batch.take(slice(None, None, self.pool))  # with every task's share
-            part = self.with_frames(part)
-            self.forward(part, self.noise(part, generator), 0.5)
+            batch = self.with_frames(batch)
+            self.forward(batch, self.noise(batch, generator), 0.5)
 
     def choose(self, candidates, generator):
         """POOL B candidates, a Batch -> a Batch of B of them, half by chance, half by their worth.
@@ -392,15 +399,16 @@ class Learner:
         if parallel.RANKS > 1:
             candidates = candidates.map(parallel.of_all_ranks)
             torch.distributed.broadcast(offset, 0)
-        task = candidates.task
-        worth = candidates.worth / mean_per_task(candidates.worth, task, self.num_tasks)
+        # Each task's worth has mean 1 over its data. In a batch it has what its rows have: to divide
+        # by their mean would let the best of a few count as if it were good.
+        worth = candidates.worth / candidates.worth.mean()
         odds = (1 + worth) / 2
         candidates.worth = worth / odds
-        # Systematic sampling, at equal distances along the summed odds: each task keeps its share.
-        B, sums = len(task) // self.pool, odds.cumsum(0)
+        # Systematic sampling, at equal distances along the summed odds.
+        B, sums = len(worth) // self.pool, odds.cumsum(0)
         marks = (torch.arange(B, device=self.device) + offset)[parallel.RANK::parallel.RANKS] / B
         rows = torch.searchsorted(sums, marks * sums[-1])
-        return candidates.take(rows.clamp(max=len(task) - 1))
+        return candidates.take(rows.clamp(max=len(worth) - 1))
 
     def with_frames(self, batch, generator=None):
         """The Batch with its pictures, if its tasks have any; all of a row's are shifted by chance
@@ -451,6 +459,7 @@ class Learner:
 
     def begin_update(self):
         """Set the learning rate, and take turns among the instructions' wordings."""
+        self.averages = self.updates > self.warmup_updates  # before, there is nothing to average
         for model in (self.model, self.target_model):
             model.use_wording(self.updates)
         rate = self.learning_rate()

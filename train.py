@@ -232,6 +232,7 @@ from model import config_for, count_parameters, tokenize
 from parallel import over_ranks
 from plots import curve
 
+FEW = 8  # rows of a task, fewer than which say little of how its advantages lie
 # Sound runs of ours had an entropy above 2 nats, and |value - observed| below 0.05 [ours].
 LOW_ENTROPY, HIGH_VALUE = 0.1, 0.25
 
@@ -332,11 +333,13 @@ def old_run(flags):
         raise RunError(f"{flags.resume} was trained with --steps {before['steps']}: "
                        f"{config.steps} is fewer, and they may only become more")
     if config.steps > before["steps"]:
-        if settings.warmup < 1:  # it stays the same number of updates
-            settings.warmup *= before["steps"] / config.steps
+        warmup = "the warm-up is still all of the run"
+        if settings.warmup < 1:
+            settings.warmup = round(settings.warmup * before["steps"]) / config.steps
+            warmup = "the warm-up stays as long as it was"
         print(f"--steps {before['steps']} becomes {config.steps}: the learning rate, and the share "
               f"of observed returns after the warm-up, follow the schedule of {config.steps} from "
-              "here on; the warm-up stays as long as it was")
+              f"here on; {warmup}")
     return config, settings
 
 
@@ -413,6 +416,15 @@ def check_tasks(config, settings, metas):
         if alike and (settings.beta or settings.focus) and parallel.RANK == 0:
             data.notice(f"{meta['name']}: all returns are {low:g}, so nothing tells its good "
                         "actions from bad ones")
+
+
+def tell_of_few_rows(config, settings, tasks):
+    """A line on more tasks than a batch can tell of."""
+    rows = config.batch_size // config.accumulate // tasks
+    if settings.critic == "v" and settings.warmup < 1 and rows < FEW:
+        least = FEW * config.accumulate * tasks
+        data.notice("PAC+V compares an advantage with those of its task's other rows, and here a "
+                    f"task has {rows} at a time, too few: give --batch-size {least} or more")
 
 
 def by_graph(config, metas):
@@ -546,6 +558,8 @@ def train(config, settings, sources, run, resume=None, at=None):
     parallel.set_up(config.threads, config.deterministic)
     metas = prepare.merged_metas(sources["tasks"])
     check_tasks(config, settings, metas)
+    if parallel.RANK == 0:
+        tell_of_few_rows(config, settings, len(metas))
     if parallel.RANK == 0 and (config.episodes or config.eval_every):
         tell_of_missing(metas)
     graph = by_graph(config, metas)
@@ -582,7 +596,7 @@ def train(config, settings, sources, run, resume=None, at=None):
                 line = averaged(metrics, learner.device)
                 if parallel.RANK == 0:
                     show(line, bar, warned)
-            if due(config.eval_every, step) or last:
+            if saves or due(config.eval_every, step):
                 learner.measure_spread(candidates)
             if due(config.eval_every, step) and not last:
                 target = parallel.gathered(learner.target_model)

@@ -142,7 +142,7 @@ def print_weights(folder):
         returns, step = np.concatenate(returns), np.concatenate([*map(np.arange, lengths)])
         fifth = 5 * step // np.repeat(lengths, lengths)
         for merit in MERITS:
-            w = Worth([task], LossSettings.focus, merit)(step, returns)
+            w = Worth([(task, task.episodes, 1.0)], LossSettings.focus, merit)(step, returns)
             shares = np.bincount(fifth, w) / w.sum()
             lines.append([task.name, merit, *(f"{share:.0%}" for share in shares)])
     print_table(["task", "merit", "first fifth", "second", "third", "fourth", "last"], lines)

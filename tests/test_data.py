@@ -278,9 +278,10 @@ def test_worth_is_of_all_sources_of_a_task_and_of_no_other(tmp_path):
     one, two, other = (data.Task(tmp_path / folder / "a") for folder in "xyz")
     other.name = "b"
     batch = data.Sampler([one, other, two], 900, focus=FOCUS, merit="step").sample(rng())
-    for task, best in ((0, 1.5), (1, 1.0)):
+    # Drawn are 1 half of the time, 2 and 3 a quarter each: mean 7/4, mean deviation 3/4.
+    for task, apart in ((0, (3 - 1) / 0.75), (1, 2.0)):
         here = batch.worth[batch.task == task]
-        assert (here.max() / here.min()).item() == pytest.approx(2 ** (2 * best), rel=1e-4)
+        assert (here.max() / here.min()).item() == pytest.approx(2**apart, rel=1e-4)
 
 
 def test_where_only_the_good_are_left_their_steps_keep_their_share(tmp_path):
@@ -322,14 +323,32 @@ def test_returns_that_are_alike_but_for_rounding_count_alike(tmp_path, merit, le
 def test_many_episodes_are_read_at_equal_distances(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "EPISODES_READ", 5)
     task = write_paces(tmp_path / "a", np.arange(41), lengths=1)
-    usual, deviation, _ = data.Worth([task], 1.0, "return").usual[0]
+    usual, deviation, _ = data.Worth([(task, task.episodes, 1)], 1.0, "return").usual[0]
     assert (usual, deviation) == pytest.approx((20, 12))  # of 0, 10, 20, 30 and 40
+
+
+@pytest.mark.parametrize("weights", [None, (1, 9), (9, 1)])
+@pytest.mark.parametrize("merit", ["step", "return"])
+def test_worth_has_mean_1_over_what_is_drawn(tmp_path, weights, merit):
+    """Also where a task's sources are unlike, and are not drawn alike."""
+    one = write_paces(tmp_path / "one" / "a", np.linspace(0, 1, 40))
+    two = write_paces(tmp_path / "two" / "a", np.linspace(-3, 0.5, 5))
+    batch = data.Sampler([one, two], 9_000, weights=weights, focus=2.0, merit=merit).sample(rng())
+    assert batch.worth.mean().item() == pytest.approx(1, abs=0.01)
+
+
+def test_returns_are_compared_with_those_that_are_learnt_from(tmp_path):
+    """Of the best tenth, not of all: there a focus would do nothing beside it."""
+    task = write_paces(tmp_path / "a", np.linspace(0, 1, 100))
+    batch = data.Sampler([task], 4_000, top=0.1, focus=2.0).sample(rng())
+    assert batch.worth.mean().item() == pytest.approx(1, abs=0.01)
+    assert batch.worth.max() > 4 and batch.worth.min() < 0.1
 
 
 def test_steps_that_no_episode_has_which_was_read(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "EPISODES_READ", 2)
     task = write_paces(tmp_path / "a", [1, 1, 1], lengths=[3, 9, 3])
-    usual = data.Worth([task], 1.0, "step").usual
+    usual = data.Worth([(task, task.episodes, 1)], 1.0, "step").usual
     assert usual.shape == (9, 3) and (usual[3:] == usual[2]).all()
 
 

@@ -206,6 +206,23 @@ def test_the_chosen_rows_and_their_weights_stand_for_the_data_by_worth():
         assert kept.mean() > 0.6  # half of the rows are of the better kind already
 
 
+@pytest.mark.parametrize("tasks", [1, 8, 128])
+def test_many_tasks_leave_the_weights_as_they_are(tasks):
+    """With a few candidates of each task, the best of them are not good for that. A fiftieth of the
+    rows are worth 20 times the others here."""
+    learner, generator = make([meta()]), seeded()
+    learner.num_tasks, weight, total = tasks, 0.0, 0.0
+    for _ in range(50):
+        good = torch.rand(POOL * 128, generator=generator) < 0.02
+        candidates = batch([0.0] * len(good), [0.0] * len(good), good.float().tolist(),
+                           task=(torch.arange(len(good)) % tasks).tolist())
+        candidates.worth = torch.where(good, 20.0, 1.0) / (0.02 * 20 + 0.98)
+        chosen = learner.choose(candidates, generator)
+        weight += chosen.worth[chosen.return_to_go[:, 0] == 1].sum().item()
+        total += chosen.worth.sum().item()
+    assert weight / total == pytest.approx(0.4 / 1.38, rel=0.1)
+
+
 def test_rows_without_worth_are_not_chosen_from():
     with pytest.raises(ValueError, match="a Sampler with a focus gives it"):
         make([meta()]).choose(batch([0.1] * 8, [0.3] * 8, [0.0] * 8), seeded())
@@ -219,7 +236,7 @@ def test_without_focus_a_batch_is_left_as_it_is():
 
 def test_the_spread_of_q_is_each_tasks_running_average():
     learner = make([meta("a"), meta("b"), meta("c")], warmup=0.0)
-    learner.updates, task, root = 1, torch.tensor([0, 0, 1]), 2**0.5
+    learner.averages, task, root = True, torch.tensor([0, 0, 1]), 2**0.5
     q = torch.tensor([[0.0, 0.2], [0.0, 0.4], [0.5, 0.5]])  # std: 0.2 / root, 0.4 / root, 0
     learner.follow_spread(q, task)
     first = 0.3 / root
@@ -227,6 +244,25 @@ def test_the_spread_of_q_is_each_tasks_running_average():
     assert learner.target_model.q_spread.tolist() == pytest.approx([first, 0.0, 1.0])
     learner.follow_spread(2 * q, task)
     assert learner.target_model.q_spread.tolist() == pytest.approx([1.01 * first, 0.0, 1.0])
+
+
+def test_the_spread_of_q_is_of_all_ranks(monkeypatch):
+    """A task that has rows on another rank alone is met, too."""
+    learner = make([meta("a"), meta("b")], warmup=0.0)
+    others = torch.tensor([[0.0, 0.5], [0.0, 1.0]])  # the sums and counts of another rank
+    monkeypatch.setattr("parallel.add_over_ranks", lambda sums: sums.add_(others))
+    learner.follow_spread(torch.tensor([[0.0, 0.2]]), torch.tensor([0]))
+    assert learner.target_model.q_spread.tolist() == pytest.approx([0.2 / 2**0.5, 0.5])
+
+
+def test_after_the_warm_up_the_spread_of_q_is_averaged_but_for_the_first_time():
+    learner = make([meta()], updates=8, warmup=0.5)
+    seen = []
+    follow = learner.follow_spread
+    learner.follow_spread = lambda q, task: (seen.append((learner.updates, learner.averages)),
+                                             follow(q, task))
+    train(learner, pull_many, 8)
+    assert seen == [(4, False), (5, True), (6, True), (7, True)]
 
 
 def test_the_spread_of_q_is_measured_before_pi_imp_acts_in_the_warm_up():
@@ -360,6 +396,22 @@ def test_each_ablation_changes_the_loss_and_trains(name):
 
     *_, before = start()
     assert in_child(changed) == 0
+
+
+def test_a_loss_is_compiled_once_for_each_share_and_once_to_begin_its_average(monkeypatch):
+    """Not anew in each update, until torch gives up. The backend here compiles nothing."""
+    programs, compile = [], torch.compile
+
+    def counted(graph, _):
+        programs.append(learner.updates)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compile(f, backend=counted, **how))
+    torch._dynamo.reset()
+    learner = make([meta()], updates=16, warmup=0.25)
+    learner.compile()
+    train(learner, pull_many, 16)
+    assert set(programs) == {0, 4, 5, 10}
 
 
 @pytest.mark.slow

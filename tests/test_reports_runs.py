@@ -822,7 +822,23 @@ def test_steps_may_grow_and_the_schedule_is_said(tmp_path, capsys):
     assert find_checkpoint(out).name == "000000016"
     config = read_config(out)
     assert config["settings"]["warmup"] * config["train"]["steps"] == pytest.approx(2)
+    assert "the warm-up stays as long as it was" in printed
     assert "they may only become more" in refused(capsys, "--resume", out, "--steps", 4)
+
+
+@pytest.mark.parametrize("algo, warmup, steps, said, updates", [
+    ("one_step", 1.0, 9, "the warm-up is still all of the run", 9),
+    ("bc_q", 0.5, 22, "the warm-up stays as long as it was", 8)])  # of 15: 8, by Python's rounding
+def test_the_warm_up_is_as_long_as_it_was_when_steps_grow(trained, capsys, algo, warmup, steps, said,
+                                                         updates):
+    config = read_config(trained)
+    config["train"] |= {"algo": algo, "steps": 8 if warmup == 1 else 15}
+    config["settings"] = dataclasses.asdict(settings_for(algo, warmup=warmup))
+    (trained / "config.json").write_text(json.dumps(config))
+    flags = train.parse_args(["--resume", str(trained), "--steps", str(steps)])
+    _, settings = train.old_run(flags)
+    assert said in capsys.readouterr().out
+    assert round(settings.warmup * steps) == updates
 
 
 def test_runs_started_at_once_wait_for_the_one_that_builds_the_data(tmp_path, monkeypatch):

@@ -267,6 +267,26 @@ def test_a_folder_in_use_is_left_alone(capsys, done, new):
     assert before == contents(done)
 
 
+@pytest.mark.parametrize("batch_size, accumulate, tasks, critic, said", [
+    (128, 1, 132, "v", "a task has 0 at a time, too few: give --batch-size 1056 or more"),
+    (128, 4, 7, "v", "a task has 4 at a time, too few: give --batch-size 224 or more"),
+    (128, 1, 7, "v", ""), (128, 1, 132, "q", "")])
+def test_more_tasks_than_a_batch_can_tell_of(capsys, batch_size, accumulate, tasks, critic, said):
+    config = train.TrainConfig(batch_size=batch_size, accumulate=accumulate)
+    train.tell_of_few_rows(config, settings_for("pac", critic=critic), tasks)
+    err = capsys.readouterr().err
+    assert said in err and bool(said) == bool(err)
+
+
+def test_a_checkpoint_of_the_warm_up_knows_how_q_spreads(small_data, tmp_path):
+    """Also without an evaluation there: pi_imp would have equal weights, and be no improvement."""
+    run(small_data, tmp_path / "run", "--warmup", "0.9", "--keep", "9")
+    early = tmp_path / "run" / "checkpoints" / "000000010"
+    found = load_file(next(early.glob("*.safetensors")))
+    spreads, = [found[name] for name in found if name.endswith("q_spread") and "target" in name]
+    assert (spreads < 1).all()
+
+
 def test_checkpoints_without_their_run_are_no_start_of_another(capsys, done, new):
     """The new run's own would be fewer, and the newest of all the old run's."""
     for path in done.iterdir():
