@@ -460,6 +460,8 @@ class Learner:
     def begin_update(self):
         """Set the learning rate, and take turns among the instructions' wordings."""
         self.averages = self.updates > self.warmup_updates  # before, there is nothing to average
+        if self.updates == self.warmup_updates:  # what was measured, and when, leaves no trace
+            self.target_model.q_spread.fill_(1)
         for model in (self.model, self.target_model):
             model.use_wording(self.updates)
         rate = self.learning_rate()

@@ -246,6 +246,22 @@ def test_the_spread_of_q_is_each_tasks_running_average():
     assert learner.target_model.q_spread.tolist() == pytest.approx([1.01 * first, 0.0, 1.0])
 
 
+def test_what_was_measured_in_the_warm_up_leaves_no_trace_in_what_follows():
+    """Else a run that was stopped, and measured there, would not go on to the bit."""
+    def spread(measures):
+        learner = make([meta("a"), meta("b")], updates=8, warmup=0.5)
+        for step in range(5):
+            if measures and step == 2:
+                both = pull_many(seeded())
+                both.task = torch.arange(len(both.task)) % 2
+                learner.measure_spread(both)
+                assert (learner.target_model.q_spread < 1).all()
+            learner.update(learner.choose(weighed(learner, pull_many(seeded())), seeded()), seeded())
+        return learner.target_model.q_spread.tolist()
+
+    assert spread(True) == spread(False) and spread(True)[1] == 1
+
+
 def test_the_spread_of_q_is_of_all_ranks(monkeypatch):
     """A task that has rows on another rank alone is met, too."""
     learner = make([meta("a"), meta("b")], warmup=0.0)
