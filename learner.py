@@ -86,8 +86,8 @@ def improvement_loss(policy, actions, w):
 
 
 def improvement_weights(q, spread, eta):
-    """w_j ∝ exp(Q(s, a_j) / (eta * spread)): the weights of pi_imp, whose actions a_j are drawn from
-    pi_theta', or squared where it acts. q (B, N), spread (B,) -> (B, N)
+    """w_j ∝ exp(Q(s, a_j) / (eta * spread)): the weights of pi_imp, whose actions a_j are drawn
+    from pi_theta', or squared where it acts. q (B, N), spread (B,) -> (B, N)
 
     eta is relative to Q's spread over a state's actions, which is tiny beside the range of the
     values: a fixed eta of 2% of that range left the weights uniform. The spread is the task's
@@ -399,8 +399,8 @@ class Learner:
         if parallel.RANKS > 1:
             candidates = candidates.map(parallel.of_all_ranks)
             torch.distributed.broadcast(offset, 0)
-        # Each task's worth has mean 1 over its data. In a batch it has what its rows have: to divide
-        # by their mean would let the best of a few count as if it were good.
+        # Each task's worth has mean 1 over its data, and in a batch what its rows have: to divide by
+        # their mean would let the best of a few count as if it were good.
         worth = candidates.worth / candidates.worth.mean()
         odds = (1 + worth) / 2
         candidates.worth = worth / odds
