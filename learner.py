@@ -399,8 +399,8 @@ class Learner:
         if parallel.RANKS > 1:
             candidates = candidates.map(parallel.of_all_ranks)
             torch.distributed.broadcast(offset, 0)
-        # Each task's worth has mean 1 over its data, and in a batch what its rows have: to divide by
-        # their mean would let the best of a few count as if it were good.
+        # Each task's worth has mean 1 over its data, and in a batch what its rows have: to divide
+        # by their mean would let the best of a few count as if it were good.
         worth = candidates.worth / candidates.worth.mean()
         odds = (1 + worth) / 2
         candidates.worth = worth / odds
