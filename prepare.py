@@ -208,18 +208,9 @@ def instead_of(folder):
     return f"`python prepare.py build` makes the default one in {DATASETS}/{here}"
 
 
-def refuse_twice(folders):
-    """DataError for a data set that is named twice: its episodes would count twice in silence."""
-    seen = set()
-    for folder in map(Path, folders):
-        if (real := folder.resolve()) in seen:
-            raise DataError(f"{folder} is given twice")
-        seen.add(real)
-
-
 def tell_of_copies(tasks):
-    """DataError for two sources of a task that have the same episodes, and a line on two that share
-    some: they count twice."""
+    """DataError for two sources of a task that have the same episodes, a data set that is named
+    twice, say; and a line on two that share some: they count twice."""
     for number, task in enumerate(tasks):
         for other in tasks[:number]:
             if other.name != task.name:
@@ -241,7 +232,6 @@ def open_sources(folders, names=None, weights=None, alphas=None, check=True):
     weights, alphas: one for each folder; a folder's tasks are drawn equally. check: read every
     byte.
     """
-    refuse_twice(folders)
     tasks, of_tasks, alphas_of_tasks, odds = [], [], [], []
     for number, folder in enumerate(map(Path, folders)):
         opened = open_tasks(folder, names)
@@ -520,7 +510,6 @@ def run_mix(args):
     if len(shares) != len(args.sources) or not all(0 < share <= 1 for share in shares):
         raise DataError(f"--shares {shares}: one for each of the {len(args.sources)} data sets, "
                         "above 0 and at most 1")
-    refuse_twice(args.sources)
     sources = []
     for folder, share in zip(args.sources, shares):
         sources += [(task, share) for task in open_tasks(folder)]

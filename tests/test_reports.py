@@ -349,9 +349,9 @@ def test_pictures_and_none_are_no_sources_of_one_task(tmp_path):
 def test_a_set_or_a_task_named_twice_does_not_count_twice(tmp_path, capsys):
     write_task(tmp_path / "set" / "a", [3, 4])
     assert [task.name for task in prepare.open_tasks(tmp_path / "set", ["a", "a"])] == ["a"]
-    with pytest.raises(data.DataError, match="set/../set is given twice"):
+    with pytest.raises(data.DataError, match="set/../set/a and .*set/a have the same episodes"):
         prepare.open_sources([tmp_path / "set", f"{tmp_path}/set/../set"])
-    assert "set is given twice" in refusal(capsys, "mix", "both", "set", "./set")
+    assert "have the same episodes" in refusal(capsys, "mix", "both", "set", "./set")
     assert not data.Path("both").exists()
 
 
